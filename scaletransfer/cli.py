@@ -1,0 +1,131 @@
+"""`scaletransfer <command>`: which commands there are, and how errors of a person are shown.
+
+Commands are named as strings and imported when they run, so that `--help` is quick; nothing of ours is
+imported at the top, so every module may use `run_command`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command's `main(argv) -> exit status` is, and what it does in one line."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "synthetic": Command(
+        "scaletransfer.synthetic:main", "draw a data set in an official layout, to try things with"
+    ),
+    "make-shards": Command(
+        "scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"
+    ),
+    "shards": Command("scaletransfer.shards:shards_main", "verify a folder of shards, or say what is in it"),
+    "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),
+    "pretrain": Command(
+        "scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"
+    ),
+    "export": Command(
+        "scaletransfer.export:main", "write a run's network as model.safetensors and model.json"
+    ),
+}
+
+
+def usage() -> str:
+    """The text of `scaletransfer --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: scaletransfer COMMAND [options]",
+            "",
+            "Pre-train image networks at scale and transfer them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "scaletransfer COMMAND --help says more; scaletransfer --version prints the version.",
+            "With SCALETRANSFER_TRACEBACK=1 an error shows where in the code it arose.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: run the named command with the rest of the arguments; the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"scaletransfer {version('scaletransfer')}")
+        return 0
+    return run_command(_dispatch, arguments)
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    name, rest = argv[0].replace("_", "-"), list(argv[1:])
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
+        raise ValueError(f"there is no command {argv[0]!r}; {hint}")
+    module, _, function = COMMANDS[name].target.partition(":")
+    status: int = getattr(importlib.import_module(module), function)(rest) or 0
+    return status
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` (default: the process's arguments) and return the exit status for it.
+
+    What a person can mend (ValueError, OSError, YAML errors) is one line `error: ...` on stderr and status 2;
+    SCALETRANSFER_TRACEBACK=1 adds the traceback. Ctrl-C is 130, a closed pipe 141. Any other exception is a
+    defect of ours and passes through.
+    """
+    import yaml  # here, so that `--help` does without
+
+    try:
+        status = main(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()  # a closed pipe shows here and not at exit, where Python prints it
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read us (head, say) has enough. What is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        if os.environ.get("SCALETRANSFER_TRACEBACK", "") not in ("", "0"):
+            traceback.print_exc()
+        print(f"error: {_rank()}{_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    """The error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        names = " -> ".join(
+            os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None
+        )
+        return f"{names}: {error.strerror}" if names else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _rank() -> str:
+    """Who speaks, where a launcher started several processes: an error of rank 3 alone must say so."""
+    rank = os.environ.get("RANK", "0")
+    return f"[rank {rank}] " if rank != "0" else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What runs a model: engines and their verification, the step, checkpoints, the training loop."""

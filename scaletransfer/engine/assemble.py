@@ -1,0 +1,296 @@
+"""From a configuration to a Trainer: data, model, engine, where the run stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaletransfer.config import PretrainConfig, accumulation, to_yaml
+from scaletransfer.engine import checkpoint as checkpoints
+from scaletransfer.engine import verify
+from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
+from scaletransfer.engine.checkpoint import Checkpoint
+from scaletransfer.engine.strategy import Strategy
+from scaletransfer.engine.trainer import Trainer
+from scaletransfer.index import ShardIndex, load_index
+from scaletransfer.labels import LabelPolicy
+from scaletransfer.loader import ShardDataset, Source, target_names
+from scaletransfer.losses import make_loss
+from scaletransfer.models import PreActBottleneck, create_model, head_names, initial_tensors
+from scaletransfer.models.weights import load_pretrained
+from scaletransfer.optim import SGD_AGC, split_head
+from scaletransfer.order import ORDER_VERSION, Order
+from scaletransfer.schedules import Schedule
+from scaletransfer.transforms import Normalizer, TransformOptions, build_transform
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "sgd_agc": SGD_AGC}
+
+
+def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, tuple[str, ...]]:
+    """Training set, validation set (None where validation is off) and target names.
+
+    Raises:
+        ValueError: folders that are no shards, splits that are not there, label names that do not fit.
+    """
+    data = cfg.data
+    rules = LabelPolicy(
+        name=data.policy.name,
+        uncertain=data.policy.uncertain,
+        blank=data.policy.blank,
+        per_label=dict(data.policy.per_label),
+    )
+    opened: dict[str, ShardIndex] = {}
+
+    def sources(folders: list[str], split: str) -> list[tuple[ShardIndex, str]]:
+        return [(opened.setdefault(folder, load_index(Path(folder))), split) for folder in folders]
+
+    train = sources([folder for folder, _ in data.sources], data.train_split)
+    validate = cfg.validate.every_steps is not None or cfg.validate.every_epochs is not None
+    valid = sources(list(data.valid_folders), data.valid_split) if validate else []
+    for index, split in [*train, *valid]:
+        if split not in index.splits:
+            hint = " (set validate.every_epochs=null to train without validation)" if (index, split) in valid else ""
+            raise ValueError(f"{index.folder} has no split {split!r}, only {', '.join(index.splits)}{hint}")
+    names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
+    depths = {index.image.bit_depth for index, _ in [*train, *valid]}
+    if len(depths) > 1:
+        raise ValueError(f"the shards mix {sorted(depths)} bits a channel: make them alike with --encode or --bit-depth")
+
+    def dataset(pairs: list[tuple[ShardIndex, str]], training: bool) -> ShardDataset:
+        chosen = [Source(index=i, split=s, policy=rules, names=names) for i, s in pairs]
+        order = None
+        if training:
+            sizes = tuple(len(i.table(s)) for i, s in pairs)
+            weights = tuple(weight for _, weight in data.sources)
+            order = Order(sizes=sizes, weights=weights, seed=cfg.seed, global_batch=cfg.global_batch)
+        operations, magnitude = data.rand_augment or (2, 9)
+        options = TransformOptions(
+            randaugment=data.rand_augment is not None,
+            randaugment_ops=operations,
+            randaugment_magnitude=magnitude,
+        )
+        transform = build_transform(data.transform, training, data.image_size, data.augment_protocol, options)
+        return ShardDataset(chosen, order, transform, 1 if data.transform == "xray" else 3, cfg.seed)
+
+    return dataset(train, True), dataset(valid, False) if valid else None, names
+
+
+def make_network(cfg: PretrainConfig, classes: int) -> nn.Module:
+    """The configured network, with activation checkpointing and compilation switched on where asked for."""
+    network = create_model(cfg.model.name, classes)
+    if cfg.model.activation_checkpointing:
+        if not hasattr(network, "set_grad_checkpointing"):
+            raise ValueError(f"model.activation_checkpointing is true but {cfg.model.name} does not offer it")
+        network.set_grad_checkpointing(True)
+    if cfg.model.compile:
+        blocks = [module for module in network.modules() if isinstance(module, PreActBottleneck)]
+        for block in blocks or [network]:
+            block.compile()
+    return network
+
+
+def make_optimizer(cfg: PretrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The configured base optimizer over the network's parameters; the engine sets the learning rate each step."""
+    settings = cfg.optimizer
+    common: dict[str, Any] = {
+        "lr": settings.base_lr,
+        "momentum": settings.momentum,
+        "dampening": settings.dampening,
+        "weight_decay": settings.weight_decay,
+        "nesterov": settings.nesterov,
+    }
+    if settings.name == "sgd":
+        return torch.optim.SGD(network.parameters(), **common)
+    weight, bias = _head(network)
+    groups = split_head(network.named_parameters(), weight, bias, settings.head_exempt)
+    return SGD_AGC(groups, clipping=settings.clipping, eps=settings.eps, **common)
+
+
+def _head(network: nn.Module) -> tuple[str, str | None]:
+    names = head_names(network)
+    weights = [name for name in names if name.endswith("weight")]
+    if len(weights) != 1:
+        raise ValueError(f"the head of this network has the tensors {list(names)}: sgd_agc needs exactly one weight, use sgd")
+    biases = [name for name in names if name.endswith("bias")]
+    return weights[0], biases[0] if biases else None
+
+
+def starting_values(cfg: PretrainConfig, found: Checkpoint | None) -> Callable[[nn.Module], Values]:
+    """Where each tensor's values come from: the checkpoint, ``model.init_from``, or the seed."""
+
+    def values(skeleton: nn.Module) -> Values:
+        if found is not None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+            checkpoints.check_same_shapes(found, shapes)
+            return checkpoints.model_values(found)
+        drawn = initial_tensors(skeleton, cfg.seed)
+        if cfg.model.init_from is None:
+            return drawn
+        state, _ = load_pretrained(cfg.model.init_from, model_name=cfg.model.name)
+        return _pretrained(cfg.model.init_from, skeleton, state, drawn)
+
+    return values
+
+
+def _pretrained(path: str, skeleton: nn.Module, state: dict[str, Tensor], drawn: Values) -> Values:
+    head = set(head_names(skeleton))
+    own = skeleton.state_dict()
+    fits = all(name in state and state[name].shape == own[name].shape for name in head)
+    used = {name for name in own if fits or name not in head}
+    odd = sorted(n for n in used if n not in state or state[n].shape != own[n].shape)
+    if odd:
+        raise ValueError(f"model.init_from {path} does not fit the model: {len(odd)} tensors differ, first {odd[0]}")
+    return lambda name: state[name].float() if name in used else drawn(name)
+
+
+def run_facts(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) -> dict[str, Any]:
+    """What must stay as it is inside a run, and what an exported model must know of its making."""
+    assert train.order is not None
+    data = cfg.data
+    return {
+        "model": cfg.model.name,
+        "task": train.sources[0].index.task,
+        "label_names": list(names),
+        "policy": {
+            "name": data.policy.name,
+            "uncertain": data.policy.uncertain,
+            "blank": data.policy.blank,
+            "per_label": dict(data.policy.per_label),
+        },
+        "normalisation": {"mean": data.mean, "std": data.std, "pixel_max": pixel_max(train)},
+        "transform": {"kind": data.transform, "size": data.image_size, "augmentation": data.augment_protocol},
+        "seed": cfg.seed,
+        "global_batch": cfg.global_batch,
+        "order_version": ORDER_VERSION,
+        "samples_per_epoch": train.order.samples_per_epoch,
+        "data": [{"source": s.index.source, "split": s.split, "index_sha256": s.index.digest} for s in train.sources],
+        "weights": list(train.order.weights),
+        "optimizer": cfg.optimizer.name,
+    }
+
+
+def pixel_max(train: ShardDataset) -> int:
+    return int(2 ** train.sources[0].index.image.bit_depth - 1)
+
+
+def check_continues(found: Checkpoint, facts: dict[str, Any]) -> None:
+    """ValueError that names the first fact in which the checkpoint's run and this configuration differ."""
+    for key, wanted in facts.items():
+        stored = found.facts.get(key)
+        if stored != wanted:
+            raise ValueError(
+                f"{found.folder} was made with {key} {_short(stored)}, but this run has {_short(wanted)}: a run cannot "
+                "change it on the way; give the new run another name (name=...) or restore the old value"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> None:
+    """``config.yaml`` (resolved) and ``environment.json``, by rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    packages = ("scaletransfer", "torch", "torchvision", "accelerate", "deepspeed", "numpy", "safetensors", "timm")
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "engine": strategy.engine,
+        "world": strategy.world,
+        "device": "cpu" if strategy.cpu else torch.cuda.get_device_name(),
+        "command": sys.argv,
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
+    """Everything that a run needs, resumed from the newest complete checkpoint if there is one. All ranks call this.
+
+    Raises:
+        ValueError: configuration, data or checkpoint that do not fit; EngineMismatch: another engine than asked for.
+    """
+    if not strategy.cpu:
+        torch.cuda.set_device(strategy.local_rank)
+        if strategy.rank == 0 and torch.cuda.device_count() > strategy.local_world:
+            print(f"note: {torch.cuda.device_count()} GPUs are here, {strategy.local_world} used: --num_processes sets it")
+    steps = accumulation(cfg, strategy.world)
+    train, valid, names = open_data(cfg)
+    assert train.order is not None
+    total = cfg.epochs * train.order.steps_per_epoch
+    total = total if cfg.max_steps is None else min(total, cfg.max_steps)
+    folder = Path(cfg.run_dir) / cfg.name
+    facts = run_facts(cfg, train, names)
+    latest = checkpoints.find_latest(folder / "checkpoints")
+    found = None if latest is None else checkpoints.open_checkpoint(latest)
+    if found is not None:
+        check_continues(found, facts)
+    if strategy.rank == 0:
+        write_run_folder(folder, cfg, strategy)
+    engine = build_engine(
+        strategy,
+        lambda: make_network(cfg, len(names)),
+        starting_values(cfg, found),
+        lambda network: make_optimizer(cfg, network),
+        precision=resolve_precision(cfg.precision, strategy),
+        micro_batch=cfg.micro_batch,
+        accumulation=steps,
+    )
+    verify.check_built(engine, OPTIMIZERS[cfg.optimizer.name])
+    if found is not None:
+        checkpoints.load_momentum(engine, found)
+    say_start(engine, found, total)
+    return Trainer(
+        cfg=cfg,
+        engine=engine,
+        loss=make_loss(train.sources[0].index.task),  # type: ignore[arg-type]
+        names=names,
+        train=train,
+        valid=valid,
+        normalize=Normalizer(cfg.data.mean, cfg.data.std, pixel_max(train)).to(engine.device),
+        schedule=make_schedule(cfg),
+        folder=folder,
+        facts=facts,
+        start=0 if found is None else found.step,
+        total=total,
+        best=None if found is None else found.facts.get("best"),
+    )
+
+
+def make_schedule(cfg: PretrainConfig) -> Schedule:
+    chosen = cfg.schedule
+    return Schedule(
+        kind=chosen.kind,
+        base_lr=cfg.optimizer.base_lr,
+        epochs=cfg.epochs,
+        warmup_epochs=chosen.warmup_epochs,
+        warmup_start_factor=chosen.warmup_start_factor,
+        decay_epochs=tuple(chosen.decay_epochs),
+        decay_factor=chosen.decay_factor,
+        min_lr=chosen.min_lr,
+    )
+
+
+def say_start(engine: Engine, found: Checkpoint | None, total: int) -> None:
+    """One line on rank 0, and this process's id for whoever wants to signal it."""
+    if engine.rank == 0:
+        where = "from the beginning" if found is None else f"from {found.folder} (step {found.step})"
+        print(f"{engine.strategy.engine} on {engine.world} ranks: training {where} to step {total}", flush=True)
+    print(f"rank {engine.rank} is process {os.getpid()}", file=sys.stderr, flush=True)

@@ -1,0 +1,282 @@
+"""Checkpoints: one form for all engines and numbers of ranks, no pickle anywhere.
+
+    checkpoints/step-00000120/
+        rank-00000.safetensors   the pieces that this rank owns: 1-D float32 tensors "model.<name>", "momentum.<name>"
+        rank-00000.json          their ranges in the flattened parameters, and a sha256 of each piece's live bytes
+        manifest.json            step, samples seen, run facts, every tensor's shape, every rank's pieces and file hash
+        COMPLETE                 sha256 of the manifest; without it the folder is no checkpoint
+    checkpoints/latest           name of the newest complete one, moved after that
+
+The folder is written under a hidden name and renamed when complete. Ranks share the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from scaletransfer.engine.build import Engine
+from scaletransfer.engine.pieces import Piece, momentum_of, set_momentum
+
+FORMAT = "scaletransfer-checkpoint"
+FORMAT_VERSION = 1
+MARKER = "COMPLETE"
+LATEST = "latest"
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _sha256_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def owned(engine: Engine) -> list[Piece]:
+    """The pieces that this rank writes: what it holds, or, where all hold everything, an even share of each tensor."""
+    shares = []
+    if engine.rank == 0:
+        shares = [Piece(name, tuple(b.shape), 0, b.numel(), b, 0) for name, b in engine.buffers().items()]
+    if engine.strategy.engine != "ddp":
+        return [*shares, *(piece for piece in engine.pieces if len(piece))]
+    for piece in engine.pieces:
+        start, stop = (len(piece) * r // engine.world for r in (engine.rank, engine.rank + 1))
+        if stop > start:
+            shares.append(Piece(piece.name, piece.shape, start, stop, piece.holder, piece.offset + start))
+    return shares
+
+
+def save(engine: Engine, root: Path, step: int, facts: dict[str, Any], *, keep: int, with_momentum: bool = True) -> Path:
+    """Write checkpoint ``step`` below ``root``. All ranks must call this.
+
+    Args:
+        facts: JSON-able facts of the run that stand in the manifest (samples seen, order version, label names, ...).
+        keep: number of complete checkpoints that stay.
+        with_momentum: False for weights alone.
+
+    Raises:
+        OSError: disk full or not writable; the earlier checkpoints and ``latest`` stay as they are.
+    """
+    final = root / folder_name(step)
+    temporary = root / f".{folder_name(step)}.tmp"
+    if engine.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    engine.barrier()
+    _write_rank(engine, temporary, with_momentum)
+    engine.barrier()
+    if engine.rank == 0:
+        _finish(engine, temporary, final, step, facts)
+        _write(root / f".{LATEST}.tmp", final.name + "\n")
+        os.replace(root / f".{LATEST}.tmp", root / LATEST)
+        _fsync_folder(root)
+        _prune(root, keep, final)
+    engine.barrier()
+    return final
+
+
+def _write_rank(engine: Engine, folder: Path, with_momentum: bool) -> None:
+    tensors: dict[str, np.ndarray] = {}
+    listing = []
+    for piece in owned(engine):
+        parts = {"model": piece.value()}
+        momentum = momentum_of(engine.optimizer, piece) if with_momentum else None
+        if momentum is not None:
+            parts["momentum"] = momentum
+        for kind, values in parts.items():
+            array = values.detach().to(device="cpu", dtype=torch.float32).numpy()
+            name = f"{kind}.{piece.name}"
+            assert name not in tensors, name
+            tensors[name] = array
+            digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+            listing.append({"tensor": name, "start": piece.start, "stop": piece.stop, "sha256": digest})
+    path = folder / f"rank-{engine.rank:05d}.safetensors"
+    # Copies: slices of one flat partition share storage, which the format does not know.
+    save_file({name: array.copy() for name, array in tensors.items()}, path)
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+    _write(path.with_suffix(".json"), json.dumps({"file_sha256": _sha256_file(path), "pieces": listing}))
+
+
+def _finish(engine: Engine, temporary: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
+    ranks = []
+    for rank in range(engine.world):
+        path = temporary / f"rank-{rank:05d}.json"
+        ranks.append({"file": f"rank-{rank:05d}.safetensors", **json.loads(path.read_text(encoding="utf-8"))})
+    kinds = sorted({entry["tensor"].split(".", 1)[0] for rank in ranks for entry in rank["pieces"]})
+    tensors = {f"{kind}.{name}": list(shape) for kind in kinds for name, shape in engine.shapes.items()}
+    tensors |= {f"model.{name}": list(buffer.shape) for name, buffer in engine.buffers().items()}
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "engine": engine.strategy.engine,
+        "world": engine.world,
+        "facts": facts,
+        "tensors": tensors,
+        "ranks": ranks,
+    }
+    pieces_by_tensor(manifest, final)  # the ranges of all ranks tile every tensor, or nothing is called complete
+    text = json.dumps(manifest, indent=1)
+    _write(temporary / "manifest.json", text)
+    _write(temporary / MARKER, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    _fsync_folder(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _fsync_folder(final.parent)
+
+
+def _prune(root: Path, keep: int, newest: Path) -> None:
+    complete = sorted(p for p in root.glob("step-*") if (p / MARKER).exists())
+    for old in complete[:-keep]:
+        if old != newest:
+            shutil.rmtree(old)
+
+
+def pieces_by_tensor(manifest: dict[str, Any], where: Path) -> dict[str, list[tuple[int, int, str, str]]]:
+    """For each tensor its (start, stop, file, sha256), sorted. ValueError unless they tile the tensor exactly."""
+    found: dict[str, list[tuple[int, int, str, str]]] = {name: [] for name in manifest["tensors"]}
+    for rank in manifest["ranks"]:
+        for entry in rank["pieces"]:
+            if entry["tensor"] not in found:
+                raise ValueError(f"{where}: {rank['file']} holds {entry['tensor']}, which the manifest does not list")
+            found[entry["tensor"]].append((entry["start"], entry["stop"], rank["file"], entry["sha256"]))
+    for name, parts in found.items():
+        parts.sort()
+        position = 0
+        for start, stop, _, _ in parts:
+            if start != position:
+                raise ValueError(f"{where}: {name} has a gap or an overlap at element {position}: the save was not sound")
+            position = stop
+        if position != int(np.prod(manifest["tensors"][name], dtype=np.int64)):
+            raise ValueError(f"{where}: {name} ends at element {position} of {manifest['tensors'][name]}")
+    return found
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk, opened for reading by name."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    parts: dict[str, list[tuple[int, int, str, str]]]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(self.manifest["facts"])
+
+    def has(self, name: str) -> bool:
+        return name in self.parts
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole float32 tensor ``model.<p>`` or ``momentum.<p>``; each piece is checked against its sha256.
+
+        Raises:
+            ValueError: no such tensor, a file that is no safetensors file (a pickle is never opened as one), or bytes
+                that are not those that the training process had in memory.
+        """
+        if name not in self.parts:
+            raise ValueError(f"{self.folder} has no tensor {name}")
+        shape = self.manifest["tensors"][name]
+        whole = torch.empty(int(np.prod(shape, dtype=np.int64)), dtype=torch.float32)
+        for start, stop, file, digest in self.parts[name]:
+            path = self.folder / file
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    piece = handle.get_tensor(name)
+            except (SafetensorError, FileNotFoundError, struct.error) as error:
+                raise ValueError(
+                    f"{path} is not a readable safetensors file ({error}): it is damaged or something else stands in "
+                    "its place; delete this checkpoint and resume from an earlier one"
+                ) from error
+            if hashlib.sha256(piece.numpy().data).hexdigest() != digest:
+                raise ValueError(
+                    f"{path}: {name} differs from what the training process saved (sha256); delete this checkpoint and "
+                    "resume from an earlier one"
+                )
+            whole[start:stop] = piece
+        return whole.view(shape)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a complete checkpoint. ValueError when it is not complete, damaged, or of another format."""
+    marker, path = folder / MARKER, folder / "manifest.json"
+    if not marker.exists() or not path.exists():
+        raise ValueError(f"{folder} is not a complete checkpoint (no {MARKER} or manifest.json): use another one")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != marker.read_text(encoding="utf-8", errors="replace").strip():
+        raise ValueError(f"{path} does not match {MARKER}: the checkpoint is damaged, use an earlier one")
+    manifest = json.loads(data)
+    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{folder} is not a {FORMAT} of version {FORMAT_VERSION}: use the release that wrote it")
+    for rank in manifest["ranks"]:
+        if Path(rank["file"]).name != rank["file"]:
+            raise ValueError(f"{path} names {rank['file']!r}, which leaves the folder: refused")
+    return Checkpoint(folder, manifest, pieces_by_tensor(manifest, folder))
+
+
+def find_latest(root: Path) -> Path | None:
+    """The newest complete checkpoint below ``root``, or None. ``latest`` is a hint; the marker decides."""
+    complete = sorted(p for p in root.glob("step-*") if (p / MARKER).exists())
+    return complete[-1] if complete else None
+
+
+@torch.no_grad()
+def load_momentum(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Write the momentum from ``checkpoint`` into an engine whose weights came from ``checkpoint`` when it was built.
+
+    Every rank calls this; nothing is communicated.
+    """
+    for piece in engine.pieces:
+        if checkpoint.has(f"momentum.{piece.name}"):
+            whole = checkpoint.read(f"momentum.{piece.name}")
+            set_momentum(engine.optimizer, piece, whole.view(-1)[piece.start : piece.stop])
+
+
+def model_values(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """``build_engine``'s values from a checkpoint."""
+    return lambda name: checkpoint.read(f"model.{name}")
+
+
+def check_same_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the checkpoint's parameters and buffers are exactly these."""
+    mine = {f"model.{name}": list(shape) for name, shape in shapes.items()}
+    theirs = {n: s for n, s in checkpoint.manifest["tensors"].items() if n.startswith("model.")}
+    for name in sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n)):
+        raise ValueError(
+            f"{checkpoint.folder}: {name} has shape {theirs.get(name)} but the configured model has {mine.get(name)}: "
+            "the run was made with another model or other labels; give the run another name"
+        )

@@ -1,0 +1,69 @@
+"""Validation on all ranks: every image counts once, and the numbers do not depend on the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaletransfer.engine.build import Engine
+from scaletransfer.losses import Loss
+from scaletransfer.metrics import multiclass_report, multilabel_report
+
+Batch = dict[str, Tensor]
+
+
+def gather_rows(engine: Engine, rows: Tensor) -> Tensor:
+    """[n, ...] of equal shape on every rank -> [world * n, ...] on the CPU."""
+    if engine.world == 1:
+        return rows.cpu()
+    rows = rows.to(engine.device).contiguous()
+    parts = [torch.empty_like(rows) for _ in range(engine.world)]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts).cpu()
+
+
+@torch.no_grad()
+def predict(engine: Engine, normalize: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+    """Logits float32 [n, L], targets and positions of all samples over all ranks, in order of position.
+
+    All ranks must call this with the same number of equal batches (``loader.EvalSampler``).
+    """
+    engine.model.eval()
+    logits, targets, positions = [], [], []
+    for batch in batches:
+        images = normalize(batch["image"].to(engine.device, non_blocking=True))
+        logits.append(engine.forward(images).float())
+        targets.append(batch["target"])
+        positions.append(batch["position"])
+    engine.model.train()
+    where = gather_rows(engine, torch.cat(positions)).numpy()
+    _, first = np.unique(where, return_index=True)  # what fills up the last batch repeats a sample
+    return {
+        "logits": gather_rows(engine, torch.cat(logits)).numpy()[first],
+        "target": gather_rows(engine, torch.cat(targets)).numpy()[first],
+        "position": where[first],
+    }
+
+
+def report(loss: Loss, predicted: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
+    """Loss (float64) and metrics of ``predict``'s result. Every rank may call it; nothing is communicated.
+
+    Raises:
+        ValueError: logits that are NaN or infinite.
+    """
+    make = multilabel_report if loss.task == "multilabel" else multiclass_report
+    found = make(predicted["logits"], predicted["target"], names)
+    total, count = loss(torch.from_numpy(predicted["logits"]).double(), torch.from_numpy(predicted["target"]))
+    found["loss"] = float(total) / max(1, int(count))
+    return found
+
+
+def score(task: str, found: dict[str, Any]) -> tuple[str, float | None]:
+    """Name and value of the number by which the best model is chosen: larger is better."""
+    name = "mean_auroc" if task == "multilabel" else "accuracy"
+    return name, found[name]

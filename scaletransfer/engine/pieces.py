@@ -1,0 +1,136 @@
+"""Where each named parameter lives on this rank, whatever the engine: the base of clipping and of checkpoints.
+
+A piece is a half-open range of a parameter, flattened in C order, inside a tensor ("holder") that the base optimizer
+steps. Every engine reduces to that: DDP holds whole parameters, FSDP2 rows of them, ZeRO flat partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from scaletransfer.optim import Segment, flat
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``holder``'s elements [offset, offset + stop - start) are elements [start, stop) of parameter ``name``."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    holder: Tensor
+    offset: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def value(self) -> Tensor:
+        """1-D view of the (fp32 master) values."""
+        return flat(self.holder)[self.offset : self.offset + len(self)]
+
+    def of(self, like_holder: Tensor) -> Tensor:
+        """1-D view of the same part of a tensor shaped like the holder: its gradient or momentum."""
+        return flat(like_holder)[self.offset : self.offset + len(self)]
+
+    def segment(self) -> Segment:
+        return Segment(self.shape, self.start, self.stop, self.offset)
+
+
+def shard_rows(rows: int, world: int, rank: int) -> tuple[int, int]:
+    """First and last (exclusive) row of a rank under ``Shard(0)``: ``torch.chunk``'s rule, later ranks may be empty."""
+    chunk = -(-rows // world)
+    return min(rows, rank * chunk), min(rows, (rank + 1) * chunk)
+
+
+def plain_pieces(module: nn.Module) -> list[Piece]:
+    """single and ddp: every parameter whole."""
+    return [
+        Piece(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in module.named_parameters() if p.requires_grad
+    ]
+
+
+def fsdp2_pieces(module: nn.Module) -> list[Piece]:
+    """fsdp2: rows of each parameter (``Shard(0)`` over one mesh dimension)."""
+    pieces = []
+    for name, p in module.named_parameters():
+        assert isinstance(p, DTensor) and len(p.placements) == 1 and p.placements[0] == Shard(0), name
+        mesh = p.device_mesh
+        rows = p.shape[0] if p.dim() else 1
+        first, last = shard_rows(rows, mesh.size(), mesh.get_local_rank())
+        row = p.numel() // max(1, rows)
+        assert p.to_local().numel() == (last - first) * row, name
+        pieces.append(Piece(name, tuple(p.shape), first * row, last * row, p, 0))
+    return pieces
+
+
+def zero12_pieces(module: nn.Module, zero: Any) -> list[Piece]:
+    """ZeRO-1 and 2: ranges inside one flat fp32 partition per parameter group.
+
+    DeepSpeed hangs the place of a parameter's fragment on the parameter (``_hp_mapping``); parameters without one have
+    nothing on this rank and are listed with an empty range, so that all ranks list the same.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    pieces = []
+    for number, group in enumerate(zero.bit16_groups):
+        holder = zero.single_partition_of_fp32_groups[number]
+        for p in group:
+            mapping = getattr(p, "_hp_mapping", None)
+            start, stop, offset = 0, 0, 0
+            if mapping is not None:
+                inside, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+                start, stop, offset = inside.start, inside.start + inside.numel, held.start
+            pieces.append(Piece(names[id(p)], tuple(p.shape), int(start), int(stop), holder, int(offset)))
+    return pieces
+
+
+def zero3_pieces(module: nn.Module, zero: Any, rank: int) -> list[Piece]:
+    """ZeRO-3: every parameter cut evenly over all ranks, in one flat fp32 tensor per sub-group."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    pieces = []
+    for group in zero.fp16_groups:
+        for p in group:
+            number, offset, held = zero.grad_position[zero.get_param_id(p)]
+            start = min(p.ds_numel, rank * held)
+            stop = min(p.ds_numel, start + held)
+            holder = zero.fp32_partitioned_groups_flat[number]
+            pieces.append(Piece(names[id(p)], tuple(p.ds_shape), int(start), int(stop), holder, int(offset)))
+    return pieces
+
+
+def check_cover(pieces: Sequence[Piece], module: nn.Module) -> None:
+    """Every trainable parameter is listed exactly once. (That the ranges of all ranks tile it is checked on saving.)"""
+    listed = sorted(piece.name for piece in pieces)
+    expected = sorted(name for name, p in module.named_parameters() if p.requires_grad)
+    if listed != expected:
+        odd = sorted(set(listed) ^ set(expected))
+        raise RuntimeError(f"the engine holds other parameters than the model has: {odd[:5]}")
+
+
+def layout(pieces: Sequence[Piece]) -> dict[Tensor, list[Segment]]:
+    """For ``SGD_AGC.set_layout``: the segments of each holder, in the order that all ranks share."""
+    holders: dict[int, tuple[Tensor, list[Segment]]] = {}
+    for piece in pieces:
+        holders.setdefault(id(piece.holder), (piece.holder, []))[1].append(piece.segment())
+    return {holder: segments for holder, segments in holders.values()}
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, piece: Piece) -> Tensor | None:
+    """1-D view of the piece's momentum, or None before the first step or without momentum."""
+    buffer = optimizer.state.get(piece.holder, {}).get("momentum_buffer")
+    return None if buffer is None else piece.of(buffer)
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, piece: Piece, values: Tensor) -> None:
+    """Writes a piece's momentum, making the holder's buffer (zeros) where there is none yet."""
+    state = optimizer.state[piece.holder]
+    if state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(piece.holder)
+    target = piece.of(state["momentum_buffer"])
+    target.copy_(values.to(target.dtype))

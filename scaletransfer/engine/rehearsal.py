@@ -1,0 +1,37 @@
+"""Engines on CPU ("rehearsal"): the one place that leans on private state of accelerate.
+
+accelerate 1.15 silently runs plain DDP when FSDP or DeepSpeed is asked for on CPU, and with DeepSpeed without
+``cpu=True`` every process believes that it is rank 0 of 1 (measured, see docs/ENGINES.md). What makes the real engines
+run over gloo is the distributed type of ``PartialState``, set before the ``Accelerator`` is made. ``verify`` asserts
+afterwards that what runs is what was asked for, and ``tests/test_engine_rehearsal.py`` fails when a release changes
+this.
+"""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from scaletransfer.engine.strategy import Strategy
+
+
+def make_accelerator(strategy: Strategy) -> Accelerator:
+    """An Accelerator for the strategy, on CUDA by accelerate's own rules, on CPU by rehearsal.
+
+    Precision is the engine's own business (``build``), so accelerate's is always "no".
+    """
+    if strategy.cpu and strategy.deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed is imported, else it probes for devices
+    if not strategy.cpu:
+        return Accelerator(mixed_precision="no")
+    state = PartialState(cpu=True)
+    if strategy.deepspeed:
+        state._shared_state["_cpu"] = False
+        state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        return Accelerator(mixed_precision="no")
+    if strategy.engine == "fsdp2":
+        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Accelerator(cpu=True, mixed_precision="no")

@@ -1,0 +1,83 @@
+"""What a run writes about itself: metrics.jsonl (every step), TensorBoard, a progress bar on rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the rows of steps behind ``step`` from a metrics file, and a half-written last line. Atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the process was killed while it wrote this line
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """Rank 0's records. Other ranks make one with ``active=False``, which writes nothing.
+
+    Args:
+        folder: the run folder. step: the step from which the run goes on; later rows are dropped. total: its last step.
+    """
+
+    def __init__(self, folder: Path, step: int, total: int, *, active: bool, tensorboard: bool) -> None:
+        self._file, self._writer, self._bar = None, None, None
+        if not active:
+            return
+        keep_until(folder / METRICS, step)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+
+    def row(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        """Points in TensorBoard; values that are not there (None, NaN) are left out."""
+        if self._writer is not None:
+            for name, value in values.items():
+                if value is not None and value == value:
+                    self._writer.add_scalar(name, value, step)
+
+    def advance(self, steps: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(steps)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
+        if self._bar is not None:
+            self._bar.write(text)
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        self.flush()
+        for thing in (self._file, self._writer, self._bar):
+            if thing is not None:
+                thing.close()

@@ -1,0 +1,247 @@
+"""The training loop: load, step, log, validate, save. State: the engine, and the number of steps done."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scaletransfer.config import PretrainConfig
+from scaletransfer.engine import checkpoint, verify
+from scaletransfer.engine.build import Engine
+from scaletransfer.engine.evaluate import gather_rows, predict, report, score
+from scaletransfer.engine.runlog import RunLog
+from scaletransfer.engine.step import StepResult, train_step
+from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler, batches, make_loader
+from scaletransfer.losses import Loss
+from scaletransfer.schedules import Schedule, lr_at
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A run under one engine.
+
+    Args:
+        cfg, engine, loss, names: what is trained. names: of the outputs, in order.
+        train: dataset with an order; valid: without, or None.
+        normalize: uint8 batch -> float batch on the device.
+        schedule: the learning rate; folder: of the run; facts: what every checkpoint's manifest says of the run.
+        start, total: steps done before, and in all. best: best validation score so far.
+    """
+
+    cfg: PretrainConfig
+    engine: Engine
+    loss: Loss
+    names: tuple[str, ...]
+    train: ShardDataset
+    valid: ShardDataset | None
+    normalize: Callable[[Tensor], Tensor]
+    schedule: Schedule
+    folder: Path
+    facts: dict[str, Any]
+    start: int
+    total: int
+    best: float | None = None
+    _pending: list[tuple[int, float, StepResult, Tensor]] = field(default_factory=list)
+    _bytes: int = 0
+    _waited: float = 0.0
+    _since: float = 0.0
+    _saved_at: float = 0.0
+
+    def run(self) -> None:
+        """Train from ``start`` to ``total``. All ranks call this.
+
+        Raises:
+            EngineMismatch: what runs is not what was asked for. ValueError: data that cannot be read, or a loss that
+            is no longer finite; the checkpoints written before stay.
+        """
+        rank0 = self.engine.rank == 0
+        self.log = RunLog(self.folder, self.start, self.total, active=rank0, tensorboard=self.cfg.log.tensorboard)
+        self._since = self._saved_at = time.monotonic()
+        self.engine.model.train()
+        try:
+            for step, group in enumerate(self._steps(), self.start + 1):
+                first = self._first_step() if step == self.start + 1 else None
+                self._step(step, group, first)
+                if self._due(step, self.cfg.log.every_steps) or first is not None:
+                    self._flush()
+                if first is not None:
+                    self.log.say(verify.table(self.engine, first, self._arithmetic()))
+                if self._validation_due(step):
+                    self._flush()
+                    self._validate(step)
+                if self._save_due(step):
+                    self._flush()
+                    self._save(step)
+        finally:
+            self.log.close()
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of this rank, step by step; the time spent waiting for them is counted."""
+        batch = self.cfg.global_batch
+        engine = self.engine
+        sampler = StepSampler(
+            self.start * batch, self.total * batch, engine.rank, engine.world, engine.micro_batch, batch
+        )
+        stream = batches(make_loader(self.train, sampler, self.cfg.data.workers, self.cfg.data.prefetch))
+        for _ in sampler.steps:
+            began = time.monotonic()
+            group = [next(stream) for _ in range(engine.accumulation)]
+            self._waited += time.monotonic() - began
+            yield group
+
+    def _first_step(self) -> verify.FirstStep:
+        return verify.FirstStep(self.engine, momentum=self.cfg.optimizer.momentum > 0)
+
+    def _step(self, step: int, group: list[Batch], first: verify.FirstStep | None) -> None:
+        seen = (step - 1) * self.cfg.global_batch
+        order = self.train.order
+        assert order is not None
+        rate = lr_at(self.schedule, seen, order.samples_per_epoch, self.cfg.global_batch)
+        after_backward = first.after_backward if first is not None else None
+        result = train_step(self.engine, self.loss, self.normalize, group, rate, after_backward)
+        if first is not None:
+            first.after_step()
+        self._bytes += sum(int(batch["bytes"]) for batch in group)
+        read = torch.stack([torch.cat([b["position"] for b in group]), torch.cat([b["key"] for b in group])], dim=1)
+        self._pending.append((step, rate, result, read))
+
+    def _flush(self) -> None:
+        """Add the pending steps over the ranks and write them; the only place where the host waits for the device."""
+        if not self._pending:
+            return
+        engine, pending = self.engine, self._pending
+        self._pending = []
+        losses = engine.sum_over_ranks(torch.stack([result.loss for _, _, result, _ in pending])).tolist()
+        norms = torch.stack([r.square_norm for _, _, r, _ in pending]).sqrt().tolist()
+        clipped = torch.stack([r.clipped.float() for _, _, r, _ in pending]).tolist()
+        read = gather_rows(engine, torch.stack([keys for _, _, _, keys in pending]).unsqueeze(0))
+        now = time.monotonic()
+        seconds, self._since = max(1e-9, now - self._since), now
+        waited, self._waited = self._waited, 0.0
+        bytes_read = gather_rows(engine, torch.tensor([self._bytes])).tolist()
+        for number, (step, rate, _, _) in enumerate(pending):
+            self._write(step, rate, losses[number], norms[number], clipped[number], read[:, number].reshape(-1, 2))
+        speed = len(pending) * self.cfg.global_batch / seconds
+        step, loss = pending[-1][0], losses[-1]
+        share = min(1.0, waited / seconds)
+        self.log.row(
+            {
+                "event": "log",
+                "step": step,
+                "images_per_second": round(speed, 2),
+                "data_wait": round(share, 4),
+                "bytes_read": bytes_read,
+            }
+        )
+        values = {
+            "train/loss": loss,
+            "train/lr": pending[-1][1],
+            "train/grad_norm": norms[-1],
+            "train/clipped_units": clipped[-1],
+            "speed/images_per_second": speed,
+            "speed/data_wait": share,
+        }
+        self.log.scalars(step, values)
+        self.log.advance(len(pending), f"loss {loss:.4f}, {speed:.0f} images/s, waiting {100 * share:.0f} %")
+        self.log.flush()
+
+    def _write(self, step: int, rate: float, loss: float, norm: float, clipped: float, read: Tensor) -> None:
+        batch = self.cfg.global_batch
+        verify.check_positions(read[:, 0], step - 1, batch)
+        read = read[read[:, 0].argsort()]
+        order = self.train.order
+        assert order is not None
+        source, _ = order.locate(read[:, 0].numpy())
+        words = read[:, 1].numpy().view(np.uint64)
+        prefix = [chosen.index.source for chosen in self.train.sources]
+        keys = "\n".join(f"{prefix[s]}-{int(w):016x}" for s, w in zip(source, words, strict=True))
+        if not math.isfinite(loss):
+            self.log.row({"event": "not finite", "step": step, "loss": str(loss), "keys": keys.split("\n")})
+            raise ValueError(
+                f"the loss of step {step} is {loss}: training has diverged; lower optimizer.base_lr, or look at the "
+                f"samples whose keys stand in {self.folder}/metrics.jsonl; the checkpoints before it are sound"
+            )
+        row: dict[str, Any] = {"step": step, "samples": step * batch, "loss": loss, "lr": rate, "grad_norm": norm}
+        if clipped == clipped:
+            row["clipped_units"] = clipped
+        row["keys_sha256"] = hashlib.sha256(keys.encode()).hexdigest()
+        self.log.row(row)
+
+    def _arithmetic(self) -> list[tuple[str, str]]:
+        cfg, engine = self.cfg, self.engine
+        assert self.train.order is not None
+        parts = f"{engine.world} ranks x {engine.micro_batch} images x {engine.accumulation} micro-batches"
+        order = self.train.order
+        epoch = f"{order.steps_per_epoch} steps of {sum(order.sizes)} samples in {len(order.sizes)} source(s)"
+        return [("batch", f"{cfg.global_batch} = {parts}"), ("epoch", epoch)]
+
+    @staticmethod
+    def _due(step: int, every: int | None) -> bool:
+        return every is not None and step % every == 0
+
+    def _validation_due(self, step: int) -> bool:
+        if self.valid is None:
+            return False
+        assert self.train.order is not None
+        epochs = self.cfg.validate.every_epochs
+        by_epoch = None if epochs is None else epochs * self.train.order.steps_per_epoch
+        return step == self.total or self._due(step, self.cfg.validate.every_steps) or self._due(step, by_epoch)
+
+    def _validate(self, step: int) -> None:
+        assert self.valid is not None
+        began = time.monotonic()
+        found = self.validate()
+        name, value = score(self.loss.task, found)
+        tags = {f"test/{key}": found[key] for key in found if key.startswith("mean_") and key != "mean_classes"}
+        renamed = {"test/mean_auroc": "test/mean_auc"}
+        tags = {renamed.get(tag, tag): number for tag, number in tags.items()}
+        tags |= {"test/loss": found["loss"], "test/acc": found["accuracy"]}
+        for number, label in enumerate(self.names):
+            tags[f"test/AUC_class_{number}"] = found["classes"][label]["auroc"]
+            tags[f"test/average_precision_class_{number}"] = found["classes"][label]["average_precision"]
+        self.log.scalars(step, tags)
+        self.log.row({"event": "validation", "step": step, **found})
+        shown = "none has both outcomes" if value is None else f"{value:.4f}"
+        self.log.say(f"step {step}: validation loss {found['loss']:.4f}, {name} {shown}")
+        self._since += time.monotonic() - began  # images/s is that of training
+        if value is not None and (self.best is None or value > self.best):
+            self.best = value
+            facts = {**self._facts(step), "validation": {"loss": found["loss"], name: value}}
+            checkpoint.save(self.engine, self.folder / "best", step, facts, keep=1, with_momentum=False)
+
+    def validate(self) -> dict[str, Any]:
+        """Loss and metrics on the validation split. All ranks call this."""
+        assert self.valid is not None
+        engine = self.engine
+        samples = min(len(self.valid), self.cfg.validate.max_samples or len(self.valid))
+        sampler = EvalSampler(samples, engine.rank, engine.world, self.cfg.validate.batch or engine.micro_batch)
+        stream = batches(make_loader(self.valid, sampler, self.cfg.data.workers, self.cfg.data.prefetch))
+        return report(self.loss, predict(engine, self.normalize, stream), self.names)
+
+    def _save_due(self, step: int) -> bool:
+        """The same answer on every rank. Minutes are rank 0's, and asked for where the host waits anyway."""
+        settings = self.cfg.checkpoint
+        due = step == self.total or self._due(step, settings.every_steps)
+        if settings.every_minutes is not None and not due and self._due(step, self.cfg.log.every_steps):
+            late = time.monotonic() - self._saved_at > 60 * settings.every_minutes
+            flag = torch.tensor(int(late and self.engine.rank == 0), device=self.engine.device)
+            due = bool(self.engine.sum_over_ranks(flag))
+        return due
+
+    def _save(self, step: int) -> None:
+        checkpoint.save(
+            self.engine, self.folder / "checkpoints", step, self._facts(step), keep=self.cfg.checkpoint.keep
+        )
+        self._saved_at = time.monotonic()
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        return {**self.facts, "samples_seen": step * self.cfg.global_batch, "best": self.best}

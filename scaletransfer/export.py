@@ -1,0 +1,130 @@
+"""`scaletransfer export RUN --to DIR`: a run's network as model.safetensors and model.json.
+
+What is written is proven against the training process: every piece is compared with the sha256 that the process took
+of its live memory when it saved, once when it is read and once more in the finished file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from scaletransfer.engine.checkpoint import Checkpoint, find_latest, open_checkpoint
+
+FORMAT_VERSION = 1
+
+
+def choose(run: Path, which: str) -> Path:
+    """The checkpoint folder that ``which`` ("latest", "best" or a step) names in the run folder.
+
+    Raises:
+        ValueError: no such run, or no such complete checkpoint.
+    """
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a run folder: give the folder that pretrain made (runs/<name>)")
+    root = run / ("best" if which == "best" else "checkpoints")
+    found = root / f"step-{int(which):08d}" if which.isdigit() else find_latest(root)
+    if found is None or not found.is_dir():
+        raise ValueError(f"{root} has no complete checkpoint for --which {which}: let the run reach one first")
+    return found
+
+
+def describe(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
+    """The content of model.json."""
+    facts = checkpoint.facts
+    return {
+        "format": "scaletransfer-model",
+        "format_version": FORMAT_VERSION,
+        "model": facts["model"],
+        "num_classes": len(facts["label_names"]),
+        "task": facts["task"],
+        "label_names": facts["label_names"],
+        "policy": facts["policy"],
+        "normalisation": facts["normalisation"],
+        "transform": facts["transform"],
+        "provenance": {
+            "step": checkpoint.step,
+            "samples_seen": facts["samples_seen"],
+            "seed": facts["seed"],
+            "global_batch": facts["global_batch"],
+            "data": facts["data"],
+            "optimizer": facts["optimizer"],
+            "engine": checkpoint.manifest["engine"],
+            "world": checkpoint.manifest["world"],
+            "validation": facts.get("validation"),
+        },
+        "sha256": digest,
+    }
+
+
+def export(checkpoint: Checkpoint, to: Path) -> None:
+    """Write ``to``/model.safetensors and model.json: complete, or not at all.
+
+    Raises:
+        ValueError: ``to`` holds something already, or bytes that differ from what the training process had.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise ValueError(f"{to} is not empty: give another folder to --to, or remove it first")
+    temporary = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        path = temporary / "model.safetensors"
+        names = [name for name in checkpoint.parts if name.startswith("model.")]
+        save_file({name.removeprefix("model."): checkpoint.read(name) for name in names}, path)
+        prove(checkpoint, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        text = json.dumps(describe(checkpoint, digest), indent=1) + "\n"
+        (temporary / "model.json").write_text(text, encoding="utf-8")
+        if to.exists():
+            to.rmdir()
+        os.replace(temporary, to)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prove(checkpoint: Checkpoint, path: Path) -> int:
+    """Compare every piece in the finished file with the hash taken by the training process; the number of pieces.
+
+    Raises:
+        ValueError: a tensor that differs.
+    """
+    compared = 0
+    with safe_open(path, framework="np") as handle:
+        for name, parts in checkpoint.parts.items():
+            if not name.startswith("model."):
+                continue
+            values = handle.get_tensor(name.removeprefix("model.")).reshape(-1)
+            for start, stop, _, digest in parts:
+                if hashlib.sha256(values[start:stop].data).hexdigest() != digest:
+                    raise ValueError(f"{path}: {name} differs from what the training process saved: not exported")
+                compared += 1
+    return compared
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises ValueError for what a person can mend."""
+    parser = argparse.ArgumentParser(prog="scaletransfer export", description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder, for example runs/chexpert_bit50x1")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; pretrained_models/<name> is usual")
+    parser.add_argument("--which", default="latest", help="latest (default), best, or a step number")
+    options = parser.parse_args(argv)
+    if options.which not in ("latest", "best") and not options.which.isdigit():
+        raise ValueError(f"--which {options.which}: must be latest, best or a step number")
+    checkpoint = open_checkpoint(choose(options.run, options.which))
+    export(checkpoint, options.to)
+    facts = checkpoint.facts
+    print(
+        f"{options.to}: {facts['model']} with {len(facts['label_names'])} outputs after {checkpoint.step} steps; every "
+        "tensor equals what the training process had in memory when it saved (sha256)"
+    )
+    return 0

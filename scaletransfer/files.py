@@ -1,0 +1,91 @@
+"""Habits with files that modules share: atomic writes, names that stay in a folder, checked JSON fields.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+def json_bytes(content: Any) -> bytes:
+    """The one textual form of our JSON files: sorted keys, one space of indent, ASCII, no NaN."""
+    return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def plain_name(name: str, path: Path) -> str:
+    """`name` if it is the name of a file in the same folder as `path`; else ValueError (`path` names it)."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"{path} names the file {name!r}, which is not a plain name inside the folder")
+    return name
+
+
+def inside(name: str, folder: Path) -> str:
+    """`name`, a posix path, if it stays inside `folder`; else ValueError."""
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        raise ValueError(f"{folder}: the file name {name!r} leaves the folder")
+    return name
+
+
+def check_size(path: Path, expected: int) -> None:
+    """ValueError, with both sizes, if the shard `path` is absent or does not have `expected` bytes."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing; copy the folder again, or make it again with make_shards --overwrite"
+        ) from None
+    if actual != expected:
+        what = "truncated" if actual < expected else "not the file that the index describes"
+        raise ValueError(
+            f"{path} is {what}: {actual} bytes where index.json says {expected}; "
+            "copy it again, or make the folder again with make_shards --overwrite"
+        )
+
+
+def field_of(content: Any, key: str, kind: type, path: Path, where: str = "") -> Any:
+    """`content[key]` of the JSON file `path`, checked: there, of type `kind`, and not negative if an int.
+
+    Raises ValueError that names the file and the field (`where` is the field's prefix, "splits.train.").
+    """
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"{path}: field '{where}{key}' is missing; make the folder again with make_shards")
+    value = content[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{path}: field '{where}{key}' must be {kind.__name__}, not {type(value).__name__}")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{path}: field '{where}{key}' is negative")
+    return value
+
+
+def strings_of(content: Mapping[str, Any], key: str, path: Path) -> list[str]:
+    """The list of strings `content[key]` of the JSON file `path`; ValueError if it is anything else."""
+    values = field_of(content, key, list, path)
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{path}: field {key!r} must hold strings only")
+    return list(values)

@@ -1,0 +1,351 @@
+"""The shard index: what a folder of shards holds, and where each image lies in it.
+
+A folder of shards is `index.json` (written last: no index, no shards), one tar file or more a split, and one
+sample table a split (`samples-<split>.npy`, no pickle).  `shards/README.md` specifies the format.  The module
+needs neither torch nor pandas (and Pillow only in `from_records`), so that both halves of the project use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaletransfer import keys as sample_keys
+from scaletransfer.files import (
+    check_size,
+    field_of,
+    inside,
+    json_bytes,
+    plain_name,
+    strings_of,
+    write_atomically,
+)
+from scaletransfer.records import (
+    ImageInfo,
+    RecordLike,
+    SourceLike,
+    image_sizes,
+    key_number,
+    probe_images,
+    sample_keys_of,
+)
+from scaletransfer.sample_table import (
+    count_patients,
+    label_totals,
+    open_table,
+    patient_numbers,
+    table_dtype,
+    table_problem,
+)
+
+FORMAT = "scaletransfer-shards"
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+SPLITS = ("train", "valid", "test")
+TASKS = {"multilabel": "states", "multiclass": "classes"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One file that images are read from."""
+
+    file: str
+    """Name relative to the folder, posix."""
+    samples: int
+    bytes: int
+    sha256: str
+    """Hex digest; "" in an index made in memory by `from_records`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitInfo:
+    """One split: its samples, files, totals and what was left out."""
+
+    samples: int
+    patients: int
+    """Distinct patients among the samples; 0 where the source has none."""
+    table_file: str
+    """File name of the sample table; "" in an index made in memory."""
+    table_sha256: str
+    shards: tuple[ShardInfo, ...]
+    totals: dict[str, Any]
+    """Multi-label: label -> {positive, negative, uncertain, not_mentioned}; multi-class: class -> count."""
+    quarantine: tuple[dict[str, str], ...]
+    """{"key", "reason"} of each record whose image could not be used."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardIndex:
+    """Contents of index.json, and access to sample tables and files.  Picklable (tables are re-opened)."""
+
+    folder: Path
+    source: str
+    task: str
+    label_names: tuple[str, ...]
+    label_kind: str
+    views: tuple[str, ...]
+    image: ImageInfo
+    splits: dict[str, SplitInfo]
+    salt_fingerprint: str
+    licence: str
+    digest: str
+    """sha256 of the bytes of index.json (in memory: of its content and tables)."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    plan_sha256: str = ""
+    in_memory: bool = False
+    _tables: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+
+    def table(self, split: str) -> NDArray[Any]:
+        """The sample table of `split`: a read-only structured array, one row a sample, in shard order.
+
+        Fields: shard <i4 (index into `splits[split].shards`), offset <i8 and size <i8 (bytes of the image
+        inside that file), key <u8 (the 16 hex digits), patient <i4 (-1 = none; equal codes are equal
+        patients in every split), view <i2 (index into `views`, -1 = none), then `labels` i1 (L,) of raw
+        states for a multi-label set or `label` <i4 for a multi-class one.  Checked once against index.json.
+
+        Raises ValueError for an unknown split and for a table that is damaged or of another data set.
+        """
+        info = self._split(split)
+        if split not in self._tables:
+            path = self.folder / info.table_file
+            dtype = table_dtype(self.task, len(self.label_names))
+            table = open_table(path, info.table_sha256, info.samples, dtype)
+            sizes = [shard.bytes for shard in info.shards]
+            problem = table_problem(table, sizes, len(self.views), len(self.label_names))
+            if problem:
+                raise ValueError(f"{path}: {problem}; make the folder again with make_shards --overwrite")
+            self._tables[split] = table
+        return self._tables[split]
+
+    def path(self, split: str, shard: int) -> Path:
+        """Path of file number `shard` of `split`; ValueError if its name leaves the folder."""
+        return self.folder / inside(self._split(split).shards[shard].file, self.folder)
+
+    def keys(self, split: str, rows: Iterable[int] | slice | NDArray[Any]) -> list[str]:
+        """Sample keys `<source>-<16 hex digits>` of table rows, in the given order."""
+        chosen = rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        return [f"{self.source}-{digest:016x}" for digest in self.table(split)["key"][chosen].tolist()]
+
+    def _split(self, split: str) -> SplitInfo:
+        if split not in self.splits:
+            raise ValueError(f"{self.folder}: there is no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if not self.in_memory:
+            state["_tables"] = {}  # a memory map would travel as a copy of the whole table
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def load_index(folder: str | os.PathLike[str]) -> ShardIndex:
+    """Open a folder of shards: read index.json and check that every file it names is there in full.
+
+    Sizes are compared, hashes are not (`shards.verify` does that).  Raises ValueError, in one sentence that
+    names the file, if the folder has no index, the index is of another format or version or lacks a field, or
+    a shard or table is absent or truncated.
+    """
+    folder = Path(folder)
+    path = folder / INDEX_NAME
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path} does not exist: unfinished or not a shard folder; run make_shards"
+        ) from None
+    try:
+        content = json.loads(raw)
+    except ValueError:
+        raise ValueError(
+            f"{path} is not valid JSON; make the folder again with make_shards --overwrite"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an index of {FORMAT} (field 'format'); give a folder of make_shards")
+    if content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version")
+        raise ValueError(f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}")
+    index = _parse(content, folder, path, hashlib.sha256(raw).hexdigest())
+    for split in index.splits.values():
+        for shard in split.shards:
+            check_size(folder / shard.file, shard.bytes)
+        if not (folder / split.table_file).is_file():
+            raise ValueError(
+                f"{folder / split.table_file} is missing; make the folder again with make_shards"
+            )
+    return index
+
+
+def write_index(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write index.json atomically (temporary file, fsync, rename); the last act of making a folder.
+
+    `content` holds every field of the format but `format` and `format_version`; it is parsed first, so that
+    an index that cannot be read back is never written.
+    """
+    data = json_bytes({"format": FORMAT, "format_version": FORMAT_VERSION, **content})
+    _parse(json.loads(data), folder, folder / INDEX_NAME, "")
+    write_atomically(folder / INDEX_NAME, data)
+
+
+def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = None) -> ShardIndex:
+    """The same index made in memory over image files as they lie, each a "shard" with one image at offset 0.
+
+    `source` is an opened source (its options choose the views), `salt` makes the keys.  Without `image` the
+    headers of 32 images spread over the records tell channels and bit depth.  Raises ValueError for records
+    with the same key and for image files that are missing (naming the first and their number).
+    """
+    by_split: dict[str, list[RecordLike]] = {}
+    for record in source:
+        by_split.setdefault(record.split, []).append(record)
+    if not by_split:
+        raise ValueError(f"{source.root} holds no records of {source.name}; check --root and the views")
+    ordered = [record for split in sorted(by_split, key=split_order) for record in by_split[split]]
+    keys = sample_keys_of(source.name, ordered, salt)
+    sizes = image_sizes(source.root, ordered)
+    missing = [record for record, size in zip(ordered, sizes, strict=True) if size <= 0]
+    if missing:
+        raise ValueError(
+            f"{source.root / missing[0].image} (split {missing[0].split}) is missing or empty, and with it "
+            f"{len(missing)} of {len(ordered)} images; complete the data set or take these rows out"
+        )
+    codes = [sample_keys.patient_code(source.name, record.patient, salt) for record in ordered]
+    numbers, views = patient_numbers(codes), tuple(sorted({record.view for record in ordered} - {""}))
+    digest, tables, splits, start = (
+        hashlib.sha256(repr((source.name, source.label_names)).encode()),
+        {},
+        {},
+        0,
+    )
+    for split in sorted(by_split, key=split_order):
+        records, rows = by_split[split], slice(start, start + len(by_split[split]))
+        start = rows.stop
+        table = np.zeros(len(records), table_dtype(source.task, len(source.label_names)))
+        table["shard"], table["size"] = np.arange(len(records)), sizes[rows]
+        table["key"] = [key_number(key) for key in keys[rows]]
+        table["patient"] = [numbers[code] for code in codes[rows]]
+        table["view"] = [views.index(record.view) if record.view else -1 for record in records]
+        table["labels" if source.task == "multilabel" else "label"] = [record.labels for record in records]
+        table.flags.writeable = False
+        digest.update(split.encode() + table.tobytes())
+        tables[split] = table
+        splits[split] = SplitInfo(
+            samples=len(records),
+            patients=count_patients(table),
+            table_file="",
+            table_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
+            shards=tuple(
+                ShardInfo(file=record.image, samples=1, bytes=size, sha256="")
+                for record, size in zip(records, sizes[rows], strict=True)
+            ),
+            totals=label_totals(table, source.task, source.label_names),
+            quarantine=(),
+        )
+    return ShardIndex(
+        folder=Path(source.root),
+        source=source.name,
+        task=source.task,
+        label_names=tuple(source.label_names),
+        label_kind=TASKS[source.task],
+        views=views,
+        image=image or probe_images(Path(source.root), ordered),
+        splits=splits,
+        salt_fingerprint=sample_keys.fingerprint(salt),
+        licence=source.licence,
+        digest=digest.hexdigest(),
+        in_memory=True,
+        _tables=tables,
+    )
+
+
+def split_to_json(split: SplitInfo) -> dict[str, Any]:
+    """The entry of one split in index.json."""
+    content = asdict(split)
+    content["table"] = content.pop("table_file")
+    return content
+
+
+def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) -> ShardIndex:
+    task = field_of(content, "task", str, path)
+    if task not in TASKS:
+        raise ValueError(f"{path}: task {task!r} is unknown; this program reads {', '.join(TASKS)}")
+    kind = field_of(content, "label_kind", str, path)
+    if kind != TASKS[task]:
+        raise ValueError(f"{path}: label_kind {kind!r} does not fit task {task!r}; expected {TASKS[task]!r}")
+    names = tuple(strings_of(content, "label_names", path))
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{path}: label_names is empty or names a label twice")
+    raw_image = field_of(content, "image", dict, path)
+    kinds = {"extension": str, "size": int, "channels": int, "bit_depth": int, "pixel_max": int}
+    image = ImageInfo(**{name: field_of(raw_image, name, kinds[name], path, "image.") for name in kinds})
+    if image.channels not in (1, 3) or image.bit_depth not in (8, 16):
+        raise ValueError(f"{path}: image.channels must be 1 or 3 and image.bit_depth 8 or 16")
+    raw_splits = field_of(content, "splits", dict, path)
+    if not raw_splits:
+        raise ValueError(f"{path}: field 'splits' is empty; make the folder again with make_shards")
+    splits = {
+        name: _parse_split(raw_splits, name, path, names) for name in sorted(raw_splits, key=split_order)
+    }
+    return ShardIndex(
+        folder=folder,
+        source=field_of(content, "source", str, path),
+        task=task,
+        label_names=names,
+        label_kind=kind,
+        views=tuple(strings_of(content, "views", path)),
+        image=image,
+        splits=splits,
+        salt_fingerprint=field_of(content, "salt_fingerprint", str, path),
+        licence=field_of(content, "licence", str, path),
+        digest=digest,
+        encoder=field_of(content, "encoder", dict, path),
+        options=field_of(content, "options", dict, path),
+        plan_sha256=field_of(content, "plan_sha256", str, path),
+    )
+
+
+def _parse_split(splits: Mapping[str, Any], name: str, path: Path, names: Sequence[str]) -> SplitInfo:
+    content, where = field_of(splits, name, dict, path, "splits."), f"splits.{name}."
+    shards = []
+    for raw in field_of(content, "shards", list, path, where):
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: field '{where}shards' must hold objects")
+        kinds = {"file": str, "samples": int, "bytes": int, "sha256": str}
+        shard = ShardInfo(**{key: field_of(raw, key, kinds[key], path, where + "shards.") for key in kinds})
+        plain_name(shard.file, path)
+        shards.append(shard)
+    totals = field_of(content, "totals", dict, path, where)
+    if set(totals) != set(names):
+        raise ValueError(f"{path}: the names in '{where}totals' are not those in 'label_names'")
+    quarantine = field_of(content, "quarantine", list, path, where)
+    info = SplitInfo(
+        samples=field_of(content, "samples", int, path, where),
+        patients=field_of(content, "patients", int, path, where),
+        table_file=plain_name(field_of(content, "table", str, path, where), path),
+        table_sha256=field_of(content, "table_sha256", str, path, where),
+        shards=tuple(shards),
+        totals={name: totals[name] for name in names},
+        quarantine=tuple(
+            {key: field_of(entry, key, str, path, where + "quarantine.") for key in ("key", "reason")}
+            for entry in quarantine
+        ),
+    )
+    if sum(shard.samples for shard in shards) != info.samples:
+        raise ValueError(f"{path}: '{where}samples' is not the sum over its shards")
+    return info
+
+
+def split_order(name: str) -> tuple[int, str]:
+    """Sort key of split names: train, valid, test, then any other."""
+    return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)

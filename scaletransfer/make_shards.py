@@ -1,0 +1,149 @@
+"""`make_shards SOURCE --root R --out DIR`: a data set as its publisher lays it out -> a folder of shards.
+
+With `--list FILE.csv` it writes the table of what would be sharded, and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scaletransfer import keys
+from scaletransfer.listing import LABEL_MODES, write_listing
+from scaletransfer.shard_plan import FirstRecords, check_images
+from scaletransfer.shards import BuildReport, Encoding, build, describe, plan_shards
+from scaletransfer.sources import SOURCES, open_source, source_options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 0 if shards or listing are there.  Raises ValueError for what the user can mend."""
+    options = _parser().parse_args(argv)
+    source_settings = _source_settings(options)
+    source: Any = open_source(options.source, options.root, **source_settings)
+    salt = keys.PUBLIC_SALT if source.public and not options.salt_file else keys.load_salt(options.salt_file)
+    recorded = _recorded(source, source_settings)
+    if options.limit is not None:
+        source = FirstRecords(source, options.limit)
+        recorded["limit"] = options.limit
+    if options.list:
+        return _list(source, salt, options)
+    if options.labels is not None:
+        raise ValueError("--labels chooses the label columns of --list; shards always keep the raw labels")
+    encoding = Encoding(size=options.size, encode=options.encode, quality=options.quality)
+    plan = plan_shards(
+        source,
+        salt,
+        seed=options.seed,
+        shard_size=options.shard_size,
+        encoding=encoding,
+        allow_missing=options.allow_missing,
+        options=recorded,
+    )
+    out = options.out or Path("shards") / options.source
+    total = sum(len(samples) for samples in plan.samples.values())
+    # disable=None: no bar where nobody looks (a log file); counts per shard if several processes work
+    with tqdm(total=total, unit="img", desc=f"{options.source} -> {out}", disable=None) as bar:
+        report = build(plan, out, workers=options.workers, overwrite=options.overwrite, progress=bar.update)
+    _print_report(out, report)
+    return 0
+
+
+def _list(source: Any, salt: bytes, options: argparse.Namespace) -> int:
+    if options.check_images:
+        check_images(source, list(source), allow_missing=options.allow_missing)
+    summary: dict[str, Any] = write_listing(source, options.list, options.labels or "corrected", salt)
+    print(f"{options.list}: {summary['rows']:,} rows")
+    for split, rows in summary["splits"].items():
+        patients = summary["patients"][split]
+        print(f"  {split:6} {rows:,} rows" + (f", {patients:,} patients" if patients else ""))
+    for name, counts in summary["labels"].items():
+        shown = (
+            ", ".join(f"{n:,} {state}" for state, n in counts.items()) if isinstance(counts, dict) else counts
+        )
+        print(f"  {name}: {shown}")
+    return 0
+
+
+def _print_report(out: Path, report: BuildReport) -> None:
+    print(f"{out}: {describe(report.index)}")
+    if not report.images and not report.kept_shards:
+        print("these shards were finished already by the same command; nothing to do")
+        return
+    rate = report.images / report.seconds if report.seconds else 0.0
+    kept = f", {report.kept_shards} shards kept from an interrupted run" if report.kept_shards else ""
+    print(f"{report.images:,} images in {report.seconds:.1f} s ({rate:,.0f} images/s){kept}")
+
+
+def _source_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Options for `open_source`: what the user gave and, of the general ones, what the source has."""
+    settings: dict[str, Any] = {}
+    for entry in options.option:
+        name, separator, value = entry.partition("=")
+        if not separator or not name:
+            raise ValueError(f"--option is {entry!r}; give NAME=VALUE, for example valid_share=0.1")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    if options.views is not None:
+        settings["views"] = options.views  # a source without views refuses the option by name
+    if "protocol" in source_options(options.source):
+        settings["protocol"] = options.protocol
+    return settings
+
+
+def _recorded(source: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Source options that go into the index, views in one canonical form."""
+    recorded = {name: value for name, value in settings.items() if name != "views"}
+    if hasattr(source, "views"):
+        recorded["views"] = ["all"] if source.views is None else sorted(source.views)
+    return recorded
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make_shards",
+        description="Turn a data set in its official layout into a folder of shards (format: "
+        "shards/README.md). A build that was interrupted continues when the same command is given again.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=f"the data set: {', '.join(SOURCES)}")
+    add("--root", required=True, type=Path, help="folder of the data set")
+    add("--out", type=Path, help="folder of the shards (default: shards/SOURCE)")
+    add("--list", type=Path, metavar="FILE.csv", help="write the table of what would be sharded, and stop")
+    add("--labels", metavar="|".join(LABEL_MODES), help="label columns of --list (default: corrected)")
+    add(
+        "--protocol", default="corrected", choices=("corrected", "paper"), help="splits and rows: %(choices)s"
+    )
+    add("--views", help="views to keep, such as PA,AP, or all (default: PA,AP for X-ray sources)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="another option of the source")
+    add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); any number, same bytes")
+    add("--shard-size", type=int, default=0, metavar="N", help="samples a shard (default: about 100 MB)")
+    add("--seed", type=int, default=0, metavar="S", help="of the order of the samples (default: 0)")
+    add("--size", type=int, default=0, metavar="PX", help="scale larger images down to this short side")
+    add("--encode", default="", choices=("jpg", "png"), help="format for every image (default: as it is)")
+    add("--quality", type=int, default=95, metavar="Q", help="of images re-encoded as JPEG (default: 95)")
+    add(
+        "--salt-file",
+        type=Path,
+        metavar="F",
+        help="secret that keys are made with (default: made once, kept "
+        "in ~/.config/scaletransfer/salt; public data sets use a public one)",
+    )
+    add("--check-images", action="store_true", help="with --list: see that every image file is there")
+    add("--allow-missing", action="store_true", help="leave out (quarantine) records without an image file")
+    add("--limit", type=int, metavar="N", help="only the first N records of each split")
+    add("--overwrite", action="store_true", help="replace shards that are in --out already")
+    return parser
+
+
+if __name__ == "__main__":
+    from scaletransfer.cli import run_command
+
+    raise SystemExit(run_command(main))

@@ -1,0 +1,119 @@
+"""What the index and the shard writer ask of a source's records: keys, file sizes, a look at headers.
+
+The protocols are met by `scaletransfer.sources`, which this module does not import.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from scaletransfer import keys as sample_keys
+from scaletransfer.files import inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """What every image of the index has in common."""
+
+    extension: str
+    """Member extension without the dot: jpg, png or webp; "" where an in-memory index mixes them."""
+    size: int
+    """Longest allowed short side in pixels that the writer scaled down to; 0 = original size."""
+    channels: int
+    """1 if every image is single-channel, else 3 (grey images among them decode to 3 equal channels)."""
+    bit_depth: int
+    """8 or 16 bits a channel."""
+    pixel_max: int
+    """Largest pixel value observed; 2**bit_depth - 1 in an index made in memory."""
+
+
+class RecordLike(Protocol):
+    """What `from_records` needs of a record; `sources.Record` is one."""
+
+    @property
+    def source_id(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def patient(self) -> str: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def labels(self) -> tuple[int, ...] | int: ...
+    @property
+    def view(self) -> str: ...
+
+
+class SourceLike(Protocol):
+    """What `from_records` needs of a source; `sources.Source` is one."""
+
+    name: Any
+    task: Any
+    licence: Any
+    root: Path
+    label_names: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[RecordLike]: ...
+
+
+def sample_keys_of(source: str, records: Sequence[RecordLike], salt: bytes) -> list[str]:
+    """The key of every record; ValueError, naming both, if two records have the same one."""
+    seen: dict[str, str] = {}
+    for record in records:
+        key = sample_keys.key(source, record.source_id, salt)
+        if key in seen:
+            raise ValueError(
+                f"two records of {source} have the key {key}: {seen[key]!r} and {record.source_id!r}; "
+                "take one out of the table, or give another salt by --salt-file"
+            )
+        seen[key] = record.source_id
+    return list(seen)
+
+
+def key_number(key: str) -> int:
+    """The 16 hex digits of a key as an integer (table field `key`)."""
+    return int(key[-16:], 16)
+
+
+def image_sizes(root: Path, records: Sequence[RecordLike]) -> list[int]:
+    """Bytes of every record's image file, -1 where there is none.  ValueError if one leaves the root."""
+    sizes = []
+    for record in records:
+        try:
+            status = os.stat(os.path.join(root, inside(record.image, root)))
+            sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else -1)
+        except (FileNotFoundError, NotADirectoryError):
+            sizes.append(-1)
+    return sizes
+
+
+def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 32) -> ImageInfo:
+    """Image settings from the headers of `probes` images spread over `records`; ValueError if one is none."""
+    from PIL import Image  # lazily: reading an index must not need Pillow
+
+    chosen = np.unique(np.linspace(0, len(records) - 1, probes).astype(int))
+    modes = set()
+    for row in chosen:
+        try:
+            with Image.open(root / records[row].image) as picture:
+                modes.add(picture.mode)
+        except OSError:
+            raise ValueError(
+                f"{root / records[row].image} is not an image that can be read; replace it"
+            ) from None
+    suffixes = {Path(record.image).suffix.lower().replace("jpeg", "jpg")[1:] for record in records}
+    depth = 16 if any(mode.startswith("I") for mode in modes) else 8
+    return ImageInfo(
+        extension=suffixes.pop() if len(suffixes) == 1 else "",
+        size=0,
+        channels=1 if all(mode in ("1", "L", "I", "I;16", "I;16B") for mode in modes) else 3,
+        bit_depth=depth,
+        pixel_max=2**depth - 1,
+    )

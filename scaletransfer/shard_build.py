@@ -1,0 +1,298 @@
+"""Make a folder of shards from a plan: start or continue it, then tables, side files and, last, the index."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaletransfer.files import json_bytes, write_atomically
+from scaletransfer.index import (
+    INDEX_NAME,
+    TASKS,
+    ShardIndex,
+    ShardInfo,
+    SplitInfo,
+    load_index,
+    split_to_json,
+    write_index,
+)
+from scaletransfer.records import key_number
+from scaletransfer.sample_table import count_patients, label_totals, table_dtype
+from scaletransfer.shard_plan import Plan, Sample
+from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, finished, shard_tasks, write_all
+
+INFO_NAME = "_info.json"
+_OURS = re.compile(r"(train|valid|test)-\d{6}\.tar(\.tmp)?|samples-\w+\.npy(\.tmp)?|wids-\w+\.json(\.tmp)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """What `build` did."""
+
+    index: ShardIndex
+    images: int
+    """Images that this run read; 0 if the folder was finished already."""
+    seconds: float
+    kept_shards: int
+    """Shards that an earlier, interrupted run had finished."""
+
+
+def build(
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> BuildReport:
+    """Write the shards of `plan` into `folder`, or continue an interrupted build of the same plan.
+
+    The bytes do not depend on `workers` or on interruptions.  A folder that is finished with this plan is
+    left as it is.  `overwrite` removes our files (no others) of another build first.  `progress` is called
+    with a number of samples as they are done.
+
+    Raises ValueError if the folder holds shards of another plan, another process writes it, bit depths are
+    mixed or a split has no usable image, besides what `shard_writer.write_all` raises.
+    """
+    start = time.monotonic()
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}; it must be at least 1")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder")
+    if (folder / INDEX_NAME).exists() and not overwrite and _plan_of_index(folder) == plan.digest:
+        index = load_index(folder)
+        _remove_work(folder)
+        return BuildReport(index=index, images=0, seconds=0.0, kept_shards=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _claimed(folder, plan.digest, overwrite):
+        done, waiting = {}, []
+        for task in shard_tasks(plan, folder):
+            content = finished(task)
+            if content is None:
+                waiting.append(task)
+            else:
+                done[task.file] = content
+                progress(len(task.samples))
+        kept = len(done)
+        try:
+            _check_depth(done.values())
+            for content in write_all(waiting, workers, progress):
+                done[content["file"]] = content
+                _check_depth(done.values())
+            index = _finish(plan, folder, done)
+        except ValueError:
+            # the options or the data are wrong: leave nothing of this run that refuses the mended command
+            _clear(folder)
+            if not os.listdir(folder):
+                folder.rmdir()
+            raise
+    _remove_work(folder)
+    images = sum(len(task.samples) for task in waiting)
+    return BuildReport(index=index, images=images, seconds=time.monotonic() - start, kept_shards=kept)
+
+
+def _plan_of_index(folder: Path) -> str:
+    try:
+        content = json.loads((folder / INDEX_NAME).read_bytes())
+    except ValueError:
+        content = None
+    return str(content.get("plan_sha256", "")) if isinstance(content, dict) else ""
+
+
+@contextmanager
+def _claimed(folder: Path, digest: str, overwrite: bool) -> Iterator[None]:
+    """Hold `folder` for a build of the plan `digest`; ValueError if it belongs to anything else."""
+    work, leftovers = folder / WORK_FOLDER, _our_files(folder)
+    had_work = work.is_dir()
+    if not overwrite and not had_work and leftovers:
+        what = "finished shards" if INDEX_NAME in leftovers else f"files such as {leftovers[0]}"
+        raise ValueError(
+            f"{folder} holds {what} made from other data or with other options; give another --out, "
+            "or --overwrite to replace them"
+        )
+    work.mkdir(exist_ok=True)
+    with open(work / "lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another make_shards is writing {folder}; wait for it to end") from None
+        except OSError:
+            # Some network file systems have no locks; two builds of one plan would still write equal bytes.
+            pass
+        plan_file = work / "plan.json"
+        planned = json.loads(plan_file.read_bytes())["plan_sha256"] if plan_file.exists() else None
+        if overwrite:
+            _clear(folder, keep_lock=True)
+            planned = None
+        elif (planned is not None and planned != digest) or INDEX_NAME in leftovers:
+            raise ValueError(
+                f"{folder} holds a build of other data or with other options that was interrupted; give the "
+                "same options to continue it, another --out, or --overwrite to start again"
+            )
+        if planned is None:
+            write_atomically(plan_file, json_bytes({"plan_sha256": digest}))
+        yield
+
+
+def _our_files(folder: Path) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if _OURS.fullmatch(name))
+    return [name for name in (INDEX_NAME, INFO_NAME) if (folder / name).exists()] + names
+
+
+def _clear(folder: Path, *, keep_lock: bool = False) -> None:
+    """Remove what make_shards writes, the index first, so that no reader takes a folder in between."""
+    for name in [*_our_files(folder), f"{INDEX_NAME}.tmp", f"{INFO_NAME}.tmp"]:
+        (folder / name).unlink(missing_ok=True)
+    _remove_work(folder, keep_lock=keep_lock)
+
+
+def _remove_work(folder: Path, *, keep_lock: bool = False) -> None:
+    work = folder / WORK_FOLDER
+    if not work.is_dir():
+        return
+    for path in sorted(work.iterdir()):
+        if not (keep_lock and path.name == "lock"):
+            path.unlink()
+    if not keep_lock:
+        work.rmdir()
+
+
+def _check_depth(markers: Any) -> None:
+    seen = _seen(markers)
+    depths = {depth for _, depth in seen}
+    if len(depths) > 1:
+        counts = ", ".join(
+            f"{sum(n for (_, d), n in seen.items() if d == depth)} of {depth} bits" for depth in depths
+        )
+        raise ValueError(
+            f"images of 8 and of 16 bits a pixel are mixed (so far {counts}); convert them to one depth "
+            "first, or make two folders of shards"
+        )
+
+
+def _seen(markers: Any) -> Counter[tuple[int, int]]:
+    """(channels, bits) -> images."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for marker in markers:
+        for kind, number in marker["seen"].items():
+            channels, depth = kind.split("x")
+            seen[int(channels), int(depth)] += number
+    return seen
+
+
+def _finish(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> ShardIndex:
+    """Tables, side files, then the index."""
+    tasks = shard_tasks(plan, folder)
+    splits = {split: _finish_split(plan, folder, split, tasks, done) for split in plan.samples}
+    for split, info in splits.items():
+        write_atomically(
+            folder / f"wids-{split}.json", json_bytes(wids_description(plan.source, split, info))
+        )
+    write_atomically(folder / INFO_NAME, json_bytes(timm_description(splits)))
+    seen = _seen(done.values())
+    image = {
+        "extension": plan.extension,
+        "size": plan.encoding.size,
+        "channels": max(channels for channels, _ in seen),
+        "bit_depth": max(depth for _, depth in seen),
+        "pixel_max": max(marker["pixel_max"] for marker in done.values()),
+    }
+    content = {
+        "source": plan.source,
+        "task": plan.task,
+        "label_kind": TASKS[plan.task],
+        "label_names": list(plan.label_names),
+        "views": list(plan.views),
+        "image": image,
+        "encoder": plan.encoder,
+        "options": dict(plan.options),
+        "licence": plan.licence,
+        "salt_fingerprint": plan.salt_fingerprint,
+        "plan_sha256": plan.digest,
+        "splits": {split: split_to_json(info) for split, info in splits.items()},
+    }
+    write_index(folder, content)
+    return load_index(folder)
+
+
+def _finish_split(
+    plan: Plan, folder: Path, split: str, tasks: Sequence[ShardTask], done: dict[str, dict[str, Any]]
+) -> SplitInfo:
+    samples = plan.samples[split]
+    # a shard whose images are all in quarantine has no file: several readers fail on an empty tar
+    markers = [done[task.file] for task in tasks if task.split == split]
+    quarantine = tuple({"key": key, "reason": why} for marker in markers for key, why in marker["quarantine"])
+    markers = [marker for marker in markers if marker["samples"]]
+    if not markers:
+        raise ValueError(
+            f"no image of the split {split!r} of {plan.source} can be used (the first: "
+            f"{quarantine[0]['reason']}); replace the images or leave the split out of the data set"
+        )
+    places = np.asarray(
+        [(shard, *row) for shard, marker in enumerate(markers) for row in marker["rows"]], dtype=np.int64
+    )
+    chosen = [samples[row] for row in places[:, 1]]
+    table = _table(plan, chosen)
+    table["shard"], table["offset"], table["size"] = places[:, 0], places[:, 2], places[:, 3]
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    name = f"samples-{split}.npy"
+    write_atomically(folder / name, buffer.getvalue())
+    return SplitInfo(
+        samples=len(table),
+        patients=count_patients(table),
+        table_file=name,
+        table_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        shards=tuple(
+            ShardInfo(**{key: marker[key] for key in ("file", "samples", "bytes", "sha256")})
+            for marker in markers
+        ),
+        totals=label_totals(table, plan.task, plan.label_names),
+        quarantine=quarantine,
+    )
+
+
+def _table(plan: Plan, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
+    table = np.zeros(len(samples), table_dtype(plan.task, len(plan.label_names)))
+    views = {"": -1} | {view: number for number, view in enumerate(plan.views)}
+    table["key"] = [key_number(sample.key) for sample in samples]
+    table["patient"] = [sample.patient_number for sample in samples]
+    table["view"] = [views[sample.view] for sample in samples]
+    table["labels" if plan.task == "multilabel" else "label"] = [sample.labels for sample in samples]
+    return table
+
+
+def wids_description(source: str, split: str, info: SplitInfo) -> dict[str, Any]:
+    """What `wids.ShardListDataset("wids-train.json")` reads (wids 0.1.11, wids_specs.resolve_dsdesc)."""
+    shards = [
+        {"url": shard.file, "nsamples": shard.samples, "filesize": shard.bytes} for shard in info.shards
+    ]
+    return {"wids_version": 1, "name": f"{source}-{split}", "shardlist": shards}
+
+
+def timm_description(splits: Mapping[str, SplitInfo]) -> dict[str, Any]:
+    """What timm's `ReaderWds` reads (timm 1.0.31, reader_wds._parse_split_info)."""
+    return {
+        "splits": {
+            split: {
+                "name": split,
+                "num_samples": info.samples,
+                "filenames": [shard.file for shard in info.shards],
+                "shard_lengths": [shard.samples for shard in info.shards],
+            }
+            for split, info in splits.items()
+        }
+    }

@@ -1,0 +1,261 @@
+"""Which record goes into which shard: fixed from the table alone, before an image is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaletransfer import keys
+from scaletransfer.index import FORMAT_VERSION, TASKS, split_order
+from scaletransfer.records import RecordLike, SourceLike, image_sizes, sample_keys_of
+from scaletransfer.sample_table import patient_numbers
+from scaletransfer.shard_image import KEPT_EXTENSIONS, Encoding, UnusableImage, prepare
+
+TARGET_SHARD_BYTES = 100_000_000
+MIN_SHARDS = 8
+"""Of a split with at least MIN_SPLIT samples, so that ranks and loader workers have something to share."""
+MIN_SPLIT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One planned sample.  Of the record it keeps the image's place (never written) and what is written."""
+
+    key: str
+    image: str
+    """Path relative to the source's root, posix."""
+    missing: bool
+    patient: str
+    """16 hex digits, or ""."""
+    patient_number: int
+    view: str
+    labels: tuple[int, ...] | int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that decides about the bytes of a folder of shards; `digest` is its hash."""
+
+    source: str
+    task: str
+    label_names: tuple[str, ...]
+    licence: str
+    salt_fingerprint: str
+    root: Path
+    extension: str
+    encoding: Encoding
+    views: tuple[str, ...]
+    options: Mapping[str, Any]
+    shard_size: Mapping[str, int]
+    samples: Mapping[str, Sequence[Sample]]
+    """split -> samples in the order of the shards."""
+    digest: str = field(default="")
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """The index's entry `encoder`."""
+        return self.encoding.describe(self.extension)
+
+    def shards(self) -> list[tuple[str, str, int, int]]:
+        """(split, file name, first row, end row) of every shard, in order."""
+        found = []
+        for split, samples in self.samples.items():
+            size = self.shard_size[split]
+            for number, start in enumerate(range(0, len(samples), size)):
+                name = f"{split}-{number:06d}.tar"
+                found.append((split, name, start, min(start + size, len(samples))))
+        return found
+
+
+class FirstRecords:
+    """A source that gives the first `limit` records of each split of another one."""
+
+    def __init__(self, source: SourceLike, limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"--limit is {limit}; give the number of records of each split, 1 or more")
+        self._source, self._limit = source, limit
+        self.name, self.task, self.licence = source.name, source.task, source.licence
+        self.root, self.label_names = Path(source.root), tuple(source.label_names)
+
+    def __iter__(self) -> Iterator[Any]:
+        counts: Counter[str] = Counter()
+        for record in self._source:
+            counts[record.split] += 1
+            if counts[record.split] <= self._limit:
+                yield record
+
+
+def plan_shards(
+    source: SourceLike,
+    salt: bytes,
+    *,
+    seed: int = 0,
+    shard_size: int = 0,
+    encoding: Encoding | None = None,
+    allow_missing: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan the shards of an opened source.  Looks at names and sizes of image files and writes nothing.
+
+    salt: makes keys and patient codes.  seed: of the shuffle.  shard_size: samples a shard; 0 chooses about
+    100 MB a shard and at least 8 shards for a split of 64 samples or more.  allow_missing: records without
+    an image file are planned, and quarantined later.  options: options of the source that decide about
+    rows; they are recorded in the index.
+
+    Raises ValueError if there are no records, two share a key, image files are missing, formats are mixed
+    without `encoding.encode`, or an option has no meaning.
+    """
+    encoding = encoding or Encoding()
+    for name, value in (("--seed", seed), ("--shard-size", shard_size)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must not be negative")
+    records = list(source)
+    if not records:
+        raise ValueError(f"{source.root} has no records of {source.name} with these options; check --root")
+    identities = sample_keys_of(source.name, records, salt)
+    sizes = check_images(source, records, allow_missing=allow_missing)
+    extension = _extension(source.root, records, encoding)
+    codes = [keys.patient_code(source.name, record.patient, salt) for record in records]
+    numbers = patient_numbers(codes)
+    by_split: dict[str, list[Sample]] = {}
+    bytes_of: dict[str, list[int]] = {}
+    for record, key, size, code in zip(records, identities, sizes, codes, strict=True):
+        sample = Sample(
+            key=key,
+            image=record.image,
+            missing=size < 0,
+            patient=code,
+            patient_number=numbers[code],
+            view=record.view,
+            labels=record.labels,
+        )
+        by_split.setdefault(record.split, []).append(sample)
+        bytes_of.setdefault(record.split, []).append(size)
+    splits = sorted(by_split, key=split_order)
+    for split in splits:
+        if all(sample.missing for sample in by_split[split]):
+            raise ValueError(f"{source.root}: not one image of the split {split!r} is there; check --root")
+    chosen = {
+        split: shard_size
+        or _shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
+        for split in splits
+    }
+    recorded = {"seed": seed, "shard_size": chosen, **(options or {})}
+    plan = Plan(
+        source=source.name,
+        task=source.task,
+        label_names=tuple(source.label_names),
+        licence=source.licence,
+        salt_fingerprint=keys.fingerprint(salt),
+        root=Path(source.root),
+        extension=extension,
+        encoding=encoding,
+        views=tuple(sorted({record.view for record in records} - {""})),
+        options=recorded,
+        shard_size=chosen,
+        samples={
+            split: [by_split[split][i] for i in shuffled(len(by_split[split]), seed, split)]
+            for split in splits
+        },
+    )
+    object.__setattr__(plan, "digest", _digest(plan))
+    return plan
+
+
+def shuffled(samples: int, seed: int, split: str) -> list[int]:
+    """The recorded order of a split: int permutation of range(samples), from the seed and the split's name
+    alone.
+
+    The rank of each sample's 64-bit draw of PCG64 (ties, in practice none, by row).  numpy promises that
+    this raw stream never changes, which it does not promise for Generator.permutation (NEP 19).
+    """
+    name = int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "big")
+    draws = np.random.PCG64(np.random.SeedSequence([seed, name])).random_raw(samples)
+    return np.argsort(draws, kind="stable").tolist()  # type: ignore[no-any-return]
+
+
+def check_images(
+    source: SourceLike, records: Sequence[RecordLike], *, allow_missing: bool = False
+) -> list[int]:
+    """Bytes of each record's image, -1 where it is missing; ValueError if one is, unless `allow_missing`."""
+    sizes = image_sizes(Path(source.root), records)
+    missing = [row for row, size in enumerate(sizes) if size < 0]
+    if missing and not allow_missing:
+        row = missing[0]
+        raise ValueError(
+            f"{len(missing)} of {len(sizes)} images are missing; the first is row {row + 1} of {source.name} "
+            f"(split {records[row].split}): {Path(source.root) / records[row].image}; complete the data set, "
+            "or give --allow-missing to leave them out"
+        )
+    return sizes
+
+
+def _extension(root: Path, records: Sequence[RecordLike], encoding: Encoding) -> str:
+    if encoding.encode:
+        return encoding.encode
+    counts = Counter(os.path.splitext(record.image)[1].lower().lstrip(".") for record in records)
+    counts["jpg"] += counts.pop("jpeg", 0)
+    found = sorted(name for name, number in counts.items() if number)
+    if len(found) > 1:
+        named = " and ".join(f"{counts[name]} {name or 'without extension'}" for name in found)
+        raise ValueError(f"{root} mixes image formats ({named}): choose one by --encode jpg or --encode png")
+    if found[0] not in KEPT_EXTENSIONS:
+        raise ValueError(
+            f"{root} has {found[0] or 'nameless'} images, which readers of shards don't read: "
+            "convert them by --encode png or --encode jpg"
+        )
+    return found[0]
+
+
+def _shard_size(
+    root: Path, samples: Sequence[Sample], sizes: Sequence[int], extension: str, encoding: Encoding
+) -> int:
+    present = [row for row, size in enumerate(sizes) if size >= 0]
+    mean = sum(sizes[row] for row in present) / len(present)
+    if encoding.size or encoding.encode:
+        # what a re-encoded image weighs is known only from some of them
+        trial = []
+        for i in sorted({round(i) for i in np.linspace(0, len(present) - 1, 8)}):
+            try:
+                trial.append(
+                    len(prepare((root / samples[present[i]].image).read_bytes(), extension, encoding).data)
+                )
+            except UnusableImage:
+                continue  # it will be quarantined, with its reason, when its shard is written
+        mean = sum(trial) / len(trial) if trial else mean
+    per_shard = max(
+        1, int(TARGET_SHARD_BYTES / (mean + 2048))
+    )  # tar headers and the label: about 2 kB a sample
+    shards = -(-len(samples) // per_shard)
+    if len(samples) >= MIN_SPLIT:
+        shards = max(shards, MIN_SHARDS)
+    return -(-len(samples) // shards)  # of about equal size: no last shard with two images
+
+
+def _digest(plan: Plan) -> str:
+    head = {
+        "format_version": FORMAT_VERSION,
+        "source": plan.source,
+        "label_kind": TASKS[plan.task],
+        "label_names": plan.label_names,
+        "licence": plan.licence,
+        "salt": plan.salt_fingerprint,
+        "extension": plan.extension,
+        "encoder": plan.encoder,
+        "options": plan.options,
+    }
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for split, samples in plan.samples.items():
+        digest.update(f"\n{split}".encode())
+        for sample in samples:
+            row = (sample.key, sample.missing, sample.patient, sample.view, sample.labels)
+            digest.update(f"\n{json.dumps(row)}".encode())
+    return digest.hexdigest()

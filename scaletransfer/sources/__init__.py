@@ -1,0 +1,58 @@
+"""Data sets as their publishers lay them out: `open_source(name, root, **options)` gives an iterator of
+records.
+
+A new source is one module with a subclass of `Source`, one line in SOURCES and, if its labels are states of
+another vocabulary, one line in `labels.STATE_SOURCES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+
+from scaletransfer.sources.base import DEFAULT_VIEWS, SPLITS, VIEWS, Record, Source, nearest, parse_views
+
+__all__ = ["DEFAULT_VIEWS", "SOURCES", "SPLITS", "VIEWS", "Record", "Source", "open_source", "parse_views"]
+__all__ += ["source_class", "source_options"]
+
+# name -> module and class, imported only when the source is opened.
+SOURCES: dict[str, tuple[str, str]] = {
+    "chexpert": ("scaletransfer.sources.chexpert", "CheXpert"),
+    "image_folder": ("scaletransfer.sources.image_folder", "ImageFolder"),
+}
+
+
+def source_class(name: str) -> type[Source]:
+    """The class of the source `name`. Raises ValueError, with the nearest name, if there is none."""
+    if name not in SOURCES:
+        raise ValueError(
+            f"There is no source {name!r}{nearest(name, SOURCES)}; sources are {', '.join(SOURCES)}."
+        )
+    module, attribute = SOURCES[name]
+    found = getattr(importlib.import_module(module), attribute)
+    assert issubclass(found, Source) and found.name == name
+    return found  # type: ignore[no-any-return]
+
+
+def source_options(name: str) -> tuple[str, ...]:
+    """Names of the options that `open_source(name, root, **options)` takes."""
+    parameters = inspect.signature(source_class(name)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def open_source(name: str, root: str | os.PathLike[str], **options: object) -> Source:
+    """Open a data set without opening an image.
+
+    name: one of SOURCES; root: its folder; options: those of the source's class (`source_options(name)`).
+    Raises ValueError for an unknown source or option (with the nearest name) and for a folder that isn't that
+    data set's.
+    """
+    cls, known = source_class(name), source_options(name)
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"The source {name} has no option {option!r}{nearest(option, known)}; "
+                f"it has {', '.join(known) if known else 'none'}."
+            )
+    return cls(root, **options)
