@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,20 +24,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "synthetic": Command(
-        "scaletransfer.synthetic:main", "draw a data set in an official layout, to try things with"
-    ),
-    "make-shards": Command(
-        "scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"
-    ),
+    "synthetic": Command("scaletransfer.synthetic:main", "draw a data set in an official layout, to try things with"),
+    "make-shards": Command("scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"),
     "shards": Command("scaletransfer.shards:shards_main", "verify a folder of shards, or say what is in it"),
     "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),
-    "pretrain": Command(
-        "scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"
-    ),
-    "export": Command(
-        "scaletransfer.export:main", "write a run's network as model.safetensors and model.json"
-    ),
+    "pretrain": Command("scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"),
+    "export": Command("scaletransfer.export:main", "write a run's network as model.safetensors and model.json"),
 }
 
 
@@ -107,6 +100,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except (ValueError, OSError, yaml.YAMLError) as error:
         if os.environ.get("SCALETRANSFER_TRACEBACK", "") not in ("", "0"):
             traceback.print_exc()
+        _wait_for_rank0()
         print(f"error: {_rank()}{_sentence(error)}", file=sys.stderr)
         return 2
 
@@ -114,11 +108,15 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 def _sentence(error: Exception) -> str:
     """The error as one line."""
     if isinstance(error, OSError) and error.strerror:
-        names = " -> ".join(
-            os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None
-        )
+        names = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names}: {error.strerror}" if names else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _wait_for_rank0() -> None:
+    """What rank 0 refuses, all ranks refuse: its launcher then ends the others before they repeat the sentence."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
 
 
 def _rank() -> str:

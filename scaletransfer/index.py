@@ -163,15 +163,11 @@ def load_index(folder: str | os.PathLike[str]) -> ShardIndex:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path} does not exist: unfinished or not a shard folder; run make_shards"
-        ) from None
+        raise ValueError(f"{path} does not exist: unfinished or not a shard folder; run make_shards") from None
     try:
         content = json.loads(raw)
     except ValueError:
-        raise ValueError(
-            f"{path} is not valid JSON; make the folder again with make_shards --overwrite"
-        ) from None
+        raise ValueError(f"{path} is not valid JSON; make the folder again with make_shards --overwrite") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not an index of {FORMAT} (field 'format'); give a folder of make_shards")
     if content.get("format_version") != FORMAT_VERSION:
@@ -182,9 +178,7 @@ def load_index(folder: str | os.PathLike[str]) -> ShardIndex:
         for shard in split.shards:
             check_size(folder / shard.file, shard.bytes)
         if not (folder / split.table_file).is_file():
-            raise ValueError(
-                f"{folder / split.table_file} is missing; make the folder again with make_shards"
-            )
+            raise ValueError(f"{folder / split.table_file} is missing; make the folder again with make_shards")
     return index
 
 
@@ -294,9 +288,7 @@ def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) ->
     raw_splits = field_of(content, "splits", dict, path)
     if not raw_splits:
         raise ValueError(f"{path}: field 'splits' is empty; make the folder again with make_shards")
-    splits = {
-        name: _parse_split(raw_splits, name, path, names) for name in sorted(raw_splits, key=split_order)
-    }
+    splits = {name: _parse_split(raw_splits, name, path, names) for name in sorted(raw_splits, key=split_order)}
     return ShardIndex(
         folder=folder,
         source=field_of(content, "source", str, path),

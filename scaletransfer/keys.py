@@ -42,14 +42,11 @@ def load_salt(path: str | os.PathLike[str] | None = None) -> bytes:
     file = Path(path).expanduser() if path is not None else default_salt_file()
     try:
         if not file.exists() and _make(file):
-            _log.warning(
-                "made the salt file %s; keep it: keys made with another salt can't be compared", file
-            )
+            _log.warning("made the salt file %s; keep it: keys made with another salt can't be compared", file)
         salt = file.read_bytes().strip()
     except OSError as error:
         raise ValueError(
-            f"The salt file {file} can't be read or made ({error.strerror or error}); "
-            "name another by --salt-file."
+            f"The salt file {file} can't be read or made ({error.strerror or error}); name another by --salt-file."
         ) from error
     if len(salt) < _MIN_SALT_BYTES:
         raise ValueError(
@@ -86,9 +83,7 @@ def _utf8(source: str, text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"The identifier {text!r} of {source} isn't valid Unicode; rename the file."
-        ) from error
+        raise ValueError(f"The identifier {text!r} of {source} isn't valid Unicode; rename the file.") from error
 
 
 def _make(file: Path) -> bool:

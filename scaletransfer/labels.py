@@ -91,8 +91,7 @@ class LabelPolicy:
         for label, choices in self.per_label.items():
             if not isinstance(choices, Mapping):
                 raise ValueError(
-                    f"labels.per_label.{label} must be a mapping such as {{uncertain: ones}}, "
-                    f"not {choices!r}."
+                    f"labels.per_label.{label} must be a mapping such as {{uncertain: ones}}, not {choices!r}."
                 )
             _check_choices(f"labels.per_label.{label}", choices)
 
@@ -102,9 +101,7 @@ class LabelPolicy:
         return _VALUES[self.per_label.get(label, {}).get(kind, default)]
 
 
-def vocabulary(
-    source: str, policy: LabelPolicy | str, raw_names: Sequence[str] | None = None
-) -> tuple[str, ...]:
+def vocabulary(source: str, policy: LabelPolicy | str, raw_names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the columns of `targets` for `source`, in order.
 
     `policy` is a LabelPolicy or its name; "raw" gives the raw names, with "No Finding". `raw_names` (the
@@ -128,8 +125,7 @@ def vocabulary(
     for label in policy.per_label:
         if label not in known:
             raise ValueError(
-                f"labels.per_label names {label!r}, "
-                f"which is no finding of any source{_nearest(label, known)}."
+                f"labels.per_label names {label!r}, which is no finding of any source{_nearest(label, known)}."
             )
     return findings
 
@@ -185,9 +181,7 @@ def targets(
     return out
 
 
-def combine(
-    vocabularies: Sequence[Sequence[str]], how: Literal["intersection", "union"] | str
-) -> tuple[str, ...]:
+def combine(vocabularies: Sequence[Sequence[str]], how: Literal["intersection", "union"] | str) -> tuple[str, ...]:
     """Findings of several sources that train together, in one order for all of them.
 
     Equal vocabularies keep their order. Otherwise the order is alphabetical by the data sets' own names:
@@ -219,9 +213,7 @@ def combine(
     return tuple(sorted(chosen, key=_own_name if own else None))
 
 
-def project(
-    values: npt.NDArray[np.float32], names: Sequence[str], onto: Sequence[str]
-) -> npt.NDArray[np.float32]:
+def project(values: npt.NDArray[np.float32], names: Sequence[str], onto: Sequence[str]) -> npt.NDArray[np.float32]:
     """Columns of `values` (float32 [n, len(names)]) in the order of `onto`: float32 [n, len(onto)].
 
     A name of `onto` that `names` lacks becomes NaN (unknown). Raises ValueError for another shape.
@@ -258,8 +250,7 @@ def _check_choices(where: str, choices: Mapping[str, str]) -> None:
     for key, value in choices.items():
         if key not in _CHOICES:
             raise ValueError(
-                f"{where} has no option {key!r}; "
-                f"it has {' and '.join(_CHOICES)}{_nearest(str(key), _CHOICES)}."
+                f"{where} has no option {key!r}; it has {' and '.join(_CHOICES)}{_nearest(str(key), _CHOICES)}."
             )
         if value not in _CHOICES[key]:
             raise ValueError(f"{where}.{key} is {value!r}; it must be one of {', '.join(_CHOICES[key])}.")

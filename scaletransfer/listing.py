@@ -99,10 +99,7 @@ def write_listing(source: RecordSource, out_csv: Path, labels: str, salt: bytes)
                 )
                 writer.writerow((*first, *last))
     totals: dict[str, object] = (
-        {
-            name: dict(zip(_COUNTED.values(), row.tolist(), strict=True))
-            for name, row in zip(names, counts, strict=True)
-        }
+        {name: dict(zip(_COUNTED.values(), row.tolist(), strict=True)) for name, row in zip(names, counts, strict=True)}
         if multilabel
         else dict(zip(source.label_names, classes.tolist(), strict=True))
     )
@@ -118,9 +115,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 def _state_cells(source: RecordSource, records: Sequence[Record], labels: str) -> np.ndarray:
     """Label cells of the records as an array of strings [n, columns]."""
-    raw = np.array([record.labels for record in records], np.int8).reshape(
-        len(records), len(source.label_names)
-    )
+    raw = np.array([record.labels for record in records], np.int8).reshape(len(records), len(source.label_names))
     states = raw
     if labels != "raw":
         values = targets(raw, source.label_names, source.name, labels)

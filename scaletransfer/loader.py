@@ -9,6 +9,7 @@ An image is read by (shard, offset, size) from the sample table: one pread, noth
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,9 @@ def target_names(
         names = first.label_names
         for other in indexes[1:]:
             if other.label_names != names:
-                raise ValueError(f"{other.folder} has other classes than {first.folder}: their class lists must be equal")
+                raise ValueError(
+                    f"{other.folder} has other classes than {first.folder}: their class lists must be equal"
+                )
     else:
         vocabularies = [labels.vocabulary(i.source, policy, i.label_names) for i in indexes]
         how = "union" if findings == "union" else "intersection"
@@ -225,7 +228,7 @@ class EvalSampler(Sampler[list[int]]):
         self.samples, self.rank, self.world, self.batch = samples, rank, world, batch
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.world * self.batch))
+        return math.ceil(self.samples / (self.world * self.batch))
 
     def __iter__(self) -> Iterator[list[int]]:
         for number in range(len(self)):
@@ -235,7 +238,7 @@ class EvalSampler(Sampler[list[int]]):
 
 
 def make_loader(dataset: ShardDataset, sampler: Sampler[list[int]], workers: int, prefetch: int) -> DataLoader[Batch]:
-    """torch's DataLoader over micro-batches; with 0 workers the training process decodes.
+    """Torch's DataLoader over micro-batches; with 0 workers the training process decodes.
 
     Workers are started afresh for each loader and hold no state, so a resumed run needs none of theirs.
     """
@@ -266,6 +269,6 @@ def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
         raise ValueError(text.strip().splitlines()[-1].split(": ", 1)[-1]) from error
 
 
-def _finished(batch: Batch) -> Batch:
+def _finished(batch: Any) -> Any:
     """``__getitems__`` has already made the batch."""
     return batch

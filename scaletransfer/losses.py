@@ -57,9 +57,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
         _same_shape(logits, target)
     x = _at_least_float32(logits)
     y = target.to(x.dtype) if target.is_floating_point() else target
-    total = F.cross_entropy(
-        x, y, reduction="sum", label_smoothing=label_smoothing, ignore_index=_NO_IGNORED_INDEX
-    )
+    total = F.cross_entropy(x, y, reduction="sum", label_smoothing=label_smoothing, ignore_index=_NO_IGNORED_INDEX)
     return total, torch.full((), logits.shape[0], dtype=torch.int64, device=logits.device)
 
 

@@ -62,9 +62,7 @@ def _list(source: Any, salt: bytes, options: argparse.Namespace) -> int:
         patients = summary["patients"][split]
         print(f"  {split:6} {rows:,} rows" + (f", {patients:,} patients" if patients else ""))
     for name, counts in summary["labels"].items():
-        shown = (
-            ", ".join(f"{n:,} {state}" for state, n in counts.items()) if isinstance(counts, dict) else counts
-        )
+        shown = ", ".join(f"{n:,} {state}" for state, n in counts.items()) if isinstance(counts, dict) else counts
         print(f"  {name}: {shown}")
     return 0
 
@@ -118,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the shards (default: shards/SOURCE)")
     add("--list", type=Path, metavar="FILE.csv", help="write the table of what would be sharded, and stop")
     add("--labels", metavar="|".join(LABEL_MODES), help="label columns of --list (default: corrected)")
-    add(
-        "--protocol", default="corrected", choices=("corrected", "paper"), help="splits and rows: %(choices)s"
-    )
+    add("--protocol", default="corrected", choices=("corrected", "paper"), help="splits and rows: %(choices)s")
     add("--views", help="views to keep, such as PA,AP, or all (default: PA,AP for X-ray sources)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="another option of the source")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); any number, same bytes")

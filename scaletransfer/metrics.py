@@ -87,9 +87,7 @@ def multiclass_report(
     if from_logits:
         score = np.exp(score - score.max(axis=1, keepdims=True))
         score /= score.sum(axis=1, keepdims=True)
-    classes = {
-        name: _binary(truth == index, score[:, index], predicted == index) for index, name in enumerate(names)
-    }
+    classes = {name: _binary(truth == index, score[:, index], predicted == index) for index, name in enumerate(names)}
     some = len(truth) > 0
     return {
         "samples": len(score),
@@ -100,9 +98,7 @@ def multiclass_report(
     }
 
 
-def _binary(
-    positive: npt.NDArray[np.bool_], score: Floats, predicted: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
+def _binary(positive: npt.NDArray[np.bool_], score: Floats, predicted: npt.NDArray[np.bool_]) -> dict[str, Any]:
     """Metrics of one label over the rows where it is known."""
     # scikit-learn costs a second to import, and training without validation needs none of it.
     from sklearn.metrics import average_precision_score, roc_auc_score
@@ -155,6 +151,4 @@ def _check_names(names: Sequence[str]) -> None:
 def _check_finite(scores: Floats, where: npt.NDArray[np.bool_]) -> None:
     bad = int((~np.isfinite(scores) & where).sum())
     if bad:
-        raise ValueError(
-            f"{bad} scores are NaN or infinite: the training has diverged, or the weights are damaged."
-        )
+        raise ValueError(f"{bad} scores are NaN or infinite: the training has diverged, or the weights are damaged.")

@@ -144,7 +144,7 @@ class SGD_AGC(torch.optim.Optimizer):
             "eps": eps,
         }
         self._layout: dict[int, Sequence[Segment]] = {}
-        self._reduce: Callable[[Tensor], None] | None = None
+        self._group: dist.ProcessGroup | None = None
         self._stats: list[ClipStats] = []
         super().__init__(params, defaults)
 
@@ -169,7 +169,7 @@ class SGD_AGC(torch.optim.Optimizer):
         """
         self._layout = {id(tensor): segments for tensor, segments in layout.items()}
         self._kept = list(layout)  # an id names a tensor only as long as the tensor lives
-        self._reduce = (lambda sums: dist.all_reduce(sums, group=group)) if group is not None else None
+        self._group = group
 
     def pop_stats(self) -> ClipStats | None:
         """The statistics since the last call (ZeRO steps one group or sub-group at a time), or None."""
@@ -220,10 +220,7 @@ class SGD_AGC(torch.optim.Optimizer):
 
     def _clip(self) -> None:
         jobs = [
-            (group, p, segment)
-            for group in self.param_groups
-            for p in group["params"]
-            for segment in self._segments(p)
+            (group, p, segment) for group in self.param_groups for p in group["params"] for segment in self._segments(p)
         ]
         if not jobs:
             return
@@ -239,8 +236,8 @@ class SGD_AGC(torch.optim.Optimizer):
             square_sums(_piece(p.grad, segment), segment, grad_sum, whole)
             if not whole:
                 square_sums(_piece(p, segment), segment, weight_sum)
-        if self._reduce is not None:
-            self._reduce(sums)
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
         self._stats.append(self._scale(pieces, sums))
 
     def _scale(self, pieces: list[Any], sums: Tensor) -> ClipStats:
@@ -283,4 +280,7 @@ def split_head(
     if head_weight not in params:
         raise ValueError(f"the model has no parameter {head_weight!r}, so its head cannot be left unclipped")
     body = [p for name, p in params.items() if name not in names]
-    return [{"params": body}, {"params": [params[name] for name in params if name in names], "clipping": None}]
+    return [
+        {"params": body},
+        {"params": [params[name] for name in params if name in names], "clipping": None},
+    ]

@@ -130,7 +130,8 @@ class Order:
         for number, size in enumerate(self.sizes):
             mine = source == number
             draws = int(mine.sum())
-            cycles = [permutation(self.seed, epoch, 1 + number + k * len(self.sizes), size)
-                      for k in range(-(-draws // size))]
+            cycles = [
+                permutation(self.seed, epoch, 1 + number + k * len(self.sizes), size) for k in range(-(-draws // size))
+            ]
             row[mine] = np.concatenate([*cycles, np.empty(0, dtype=np.int64)])[:draws]
         return source.astype(np.int64), row

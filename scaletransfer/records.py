@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -54,11 +54,16 @@ class RecordLike(Protocol):
 class SourceLike(Protocol):
     """What `from_records` needs of a source; `sources.Source` is one."""
 
-    name: Any
-    task: Any
-    licence: Any
-    root: Path
-    label_names: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def licence(self) -> str: ...
+    @property
+    def root(self) -> Path: ...
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
 
     def __iter__(self) -> Iterator[RecordLike]: ...
 
@@ -105,9 +110,7 @@ def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 32) ->
             with Image.open(root / records[row].image) as picture:
                 modes.add(picture.mode)
         except OSError:
-            raise ValueError(
-                f"{root / records[row].image} is not an image that can be read; replace it"
-            ) from None
+            raise ValueError(f"{root / records[row].image} is not an image that can be read; replace it") from None
     suffixes = {Path(record.image).suffix.lower().replace("jpeg", "jpg")[1:] for record in records}
     depth = 16 if any(mode.startswith("I") for mode in modes) else 8
     return ImageInfo(

@@ -29,8 +29,7 @@ def label_totals(table: NDArray[Any], task: str, label_names: Sequence[str]) -> 
     states = table["labels"]
     columns = [np.count_nonzero(states == value, axis=0) for value in (1, 0, -1, -2)]
     return {
-        name: {state: int(columns[s][i]) for s, state in enumerate(STATE_NAMES)}
-        for i, name in enumerate(label_names)
+        name: {state: int(columns[s][i]) for s, state in enumerate(STATE_NAMES)} for i, name in enumerate(label_names)
     }
 
 

@@ -43,13 +43,9 @@ class Schedule:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"schedule {name} must be a number of 0 or more, not {value}.")
         if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"schedule warmup_epochs {self.warmup_epochs} is longer than epochs {self.epochs}."
-            )
+            raise ValueError(f"schedule warmup_epochs {self.warmup_epochs} is longer than epochs {self.epochs}.")
         if not 0 <= self.warmup_start_factor <= 1:
-            raise ValueError(
-                f"schedule warmup_start_factor must be in [0, 1], not {self.warmup_start_factor}."
-            )
+            raise ValueError(f"schedule warmup_start_factor must be in [0, 1], not {self.warmup_start_factor}.")
         if not 0 < self.decay_factor <= 1:
             raise ValueError(f"schedule decay_factor must be in (0, 1], not {self.decay_factor}.")
         # A list, as YAML gives it, is taken; the frozen field keeps a tuple.
@@ -62,13 +58,9 @@ class Schedule:
         if not all(math.isfinite(e) and e > 0 for e in edges) or any(a >= b for a, b in pairwise(edges)):
             raise ValueError(f"schedule decay_epochs must be above 0 and increase, not {list(edges)}.")
         if edges and edges[0] < self.warmup_epochs:
-            raise ValueError(
-                f"schedule decay_epochs begin at {edges[0]}, inside the {self.warmup_epochs} of warm-up."
-            )
+            raise ValueError(f"schedule decay_epochs begin at {edges[0]}, inside the {self.warmup_epochs} of warm-up.")
         if self.min_lr:
-            raise ValueError(
-                f"schedule min_lr {self.min_lr} is for cosine; a step schedule has no lowest value."
-            )
+            raise ValueError(f"schedule min_lr {self.min_lr} is for cosine; a step schedule has no lowest value.")
 
 
 def peak_lr(schedule: Schedule, global_batch: int) -> float:
@@ -96,9 +88,7 @@ def lr_at(schedule: Schedule, samples_seen: int, samples_per_epoch: int, global_
         )
     peak = peak_lr(schedule, global_batch)
     if schedule.min_lr > peak:
-        raise ValueError(
-            f"schedule min_lr {schedule.min_lr} is above the peak {peak} at global batch {global_batch}."
-        )
+        raise ValueError(f"schedule min_lr {schedule.min_lr} is above the peak {peak} at global batch {global_batch}.")
     epoch_at_end = (samples_seen + global_batch) / samples_per_epoch
     if samples_seen < schedule.warmup_epochs * samples_per_epoch:
         done = min(1.0, epoch_at_end / schedule.warmup_epochs)

@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,11 @@ def build(
         kept = len(done)
         try:
             _check_depth(done.values())
-            for content in write_all(waiting, workers, progress):
-                done[content["file"]] = content
-                _check_depth(done.values())
+            # closing: no worker may still be writing when the folder is cleared below
+            with closing(write_all(waiting, workers, progress)) as markers:
+                for content in markers:
+                    done[content["file"]] = content
+                    _check_depth(done.values())
             index = _finish(plan, folder, done)
         except ValueError:
             # the options or the data are wrong: leave nothing of this run that refuses the mended command
@@ -174,9 +176,7 @@ def _check_depth(markers: Any) -> None:
     seen = _seen(markers)
     depths = {depth for _, depth in seen}
     if len(depths) > 1:
-        counts = ", ".join(
-            f"{sum(n for (_, d), n in seen.items() if d == depth)} of {depth} bits" for depth in depths
-        )
+        counts = ", ".join(f"{sum(n for (_, d), n in seen.items() if d == depth)} of {depth} bits" for depth in depths)
         raise ValueError(
             f"images of 8 and of 16 bits a pixel are mixed (so far {counts}); convert them to one depth "
             "first, or make two folders of shards"
@@ -198,9 +198,7 @@ def _finish(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> ShardI
     tasks = shard_tasks(plan, folder)
     splits = {split: _finish_split(plan, folder, split, tasks, done) for split in plan.samples}
     for split, info in splits.items():
-        write_atomically(
-            folder / f"wids-{split}.json", json_bytes(wids_description(plan.source, split, info))
-        )
+        write_atomically(folder / f"wids-{split}.json", json_bytes(wids_description(plan.source, split, info)))
     write_atomically(folder / INFO_NAME, json_bytes(timm_description(splits)))
     seen = _seen(done.values())
     image = {
@@ -257,8 +255,7 @@ def _finish_split(
         table_file=name,
         table_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         shards=tuple(
-            ShardInfo(**{key: marker[key] for key in ("file", "samples", "bytes", "sha256")})
-            for marker in markers
+            ShardInfo(**{key: marker[key] for key in ("file", "samples", "bytes", "sha256")}) for marker in markers
         ),
         totals=label_totals(table, plan.task, plan.label_names),
         quarantine=quarantine,
@@ -277,9 +274,7 @@ def _table(plan: Plan, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
 
 def wids_description(source: str, split: str, info: SplitInfo) -> dict[str, Any]:
     """What `wids.ShardListDataset("wids-train.json")` reads (wids 0.1.11, wids_specs.resolve_dsdesc)."""
-    shards = [
-        {"url": shard.file, "nsamples": shard.samples, "filesize": shard.bytes} for shard in info.shards
-    ]
+    shards = [{"url": shard.file, "nsamples": shard.samples, "filesize": shard.bytes} for shard in info.shards]
     return {"wids_version": 1, "name": f"{source}-{split}", "shardlist": shards}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import PIL
 from PIL import Image, UnidentifiedImageError, features
 
-# Pillow can also start Ghostscript for EPS and more; data sets of images need none of that.  (MPO, the JPEG of
-# stereo cameras, opens as JPEG and then calls itself MPO.)
+# Pillow can also start Ghostscript for EPS and more; data sets of images need none of that.  MPO, the JPEG
+# of stereo cameras, opens as JPEG and then calls itself MPO.
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 KEPT_EXTENSIONS = ("jpg", "png", "webp")
 ENCODERS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}

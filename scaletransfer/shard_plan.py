@@ -144,8 +144,7 @@ def plan_shards(
         if all(sample.missing for sample in by_split[split]):
             raise ValueError(f"{source.root}: not one image of the split {split!r} is there; check --root")
     chosen = {
-        split: shard_size
-        or _shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
+        split: shard_size or _shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
         for split in splits
     }
     recorded = {"seed": seed, "shard_size": chosen, **(options or {})}
@@ -161,10 +160,7 @@ def plan_shards(
         views=tuple(sorted({record.view for record in records} - {""})),
         options=recorded,
         shard_size=chosen,
-        samples={
-            split: [by_split[split][i] for i in shuffled(len(by_split[split]), seed, split)]
-            for split in splits
-        },
+        samples={split: [by_split[split][i] for i in shuffled(len(by_split[split]), seed, split)] for split in splits},
     )
     object.__setattr__(plan, "digest", _digest(plan))
     return plan
@@ -182,9 +178,7 @@ def shuffled(samples: int, seed: int, split: str) -> list[int]:
     return np.argsort(draws, kind="stable").tolist()  # type: ignore[no-any-return]
 
 
-def check_images(
-    source: SourceLike, records: Sequence[RecordLike], *, allow_missing: bool = False
-) -> list[int]:
+def check_images(source: SourceLike, records: Sequence[RecordLike], *, allow_missing: bool = False) -> list[int]:
     """Bytes of each record's image, -1 where it is missing; ValueError if one is, unless `allow_missing`."""
     sizes = image_sizes(Path(source.root), records)
     missing = [row for row, size in enumerate(sizes) if size < 0]
@@ -215,9 +209,7 @@ def _extension(root: Path, records: Sequence[RecordLike], encoding: Encoding) ->
     return found[0]
 
 
-def _shard_size(
-    root: Path, samples: Sequence[Sample], sizes: Sequence[int], extension: str, encoding: Encoding
-) -> int:
+def _shard_size(root: Path, samples: Sequence[Sample], sizes: Sequence[int], extension: str, encoding: Encoding) -> int:
     present = [row for row, size in enumerate(sizes) if size >= 0]
     mean = sum(sizes[row] for row in present) / len(present)
     if encoding.size or encoding.encode:
@@ -225,15 +217,11 @@ def _shard_size(
         trial = []
         for i in sorted({round(i) for i in np.linspace(0, len(present) - 1, 8)}):
             try:
-                trial.append(
-                    len(prepare((root / samples[present[i]].image).read_bytes(), extension, encoding).data)
-                )
+                trial.append(len(prepare((root / samples[present[i]].image).read_bytes(), extension, encoding).data))
             except UnusableImage:
                 continue  # it will be quarantined, with its reason, when its shard is written
         mean = sum(trial) / len(trial) if trial else mean
-    per_shard = max(
-        1, int(TARGET_SHARD_BYTES / (mean + 2048))
-    )  # tar headers and the label: about 2 kB a sample
+    per_shard = max(1, int(TARGET_SHARD_BYTES / (mean + 2048)))  # tar headers and the label: about 2 kB a sample
     shards = -(-len(samples) // per_shard)
     if len(samples) >= MIN_SPLIT:
         shards = max(shards, MIN_SHARDS)

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -109,9 +109,7 @@ def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None
                 except ValueError as error:
                     raise ValueError(f"{task.root / sample.image}: {error}") from None
                 else:
-                    tar.addfile(
-                        member(f"{sample.key}.{task.extension}", len(image.data)), io.BytesIO(image.data)
-                    )
+                    tar.addfile(member(f"{sample.key}.{task.extension}", len(image.data)), io.BytesIO(image.data))
                     padded = -(-len(image.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     rows.append([row, tar.offset - padded, len(image.data)])
                     extension, label = label_member(sample)
@@ -159,7 +157,7 @@ def finished(task: ShardTask) -> dict[str, Any] | None:
 
 def write_all(
     tasks: Sequence[ShardTask], workers: int, progress: Callable[[int], object]
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Write shards with `workers` processes (1: in this one) and yield their markers as they come.
 
     Raises what `write_shard` raises, and ChildProcessError if a worker was killed.

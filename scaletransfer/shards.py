@@ -54,16 +54,12 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
             problems.append(str(error))
             continue
         if label_totals(table, index.task, index.label_names) != info.totals:
-            problems.append(
-                f"{folder}: the totals of the split {split} in index.json are not those of its table"
-            )
+            problems.append(f"{folder}: the totals of the split {split} in index.json are not those of its table")
         if count_patients(table) != info.patients:
             problems.append(f"{folder}: the number of patients of the split {split} is not that of its table")
         for key in table["key"].tolist():
             if keys.setdefault(key, split) != split:
-                problems.append(
-                    f"{folder}: the key {index.source}-{key:016x} is in {keys[key]} and in {split}"
-                )
+                problems.append(f"{folder}: the key {index.source}-{key:016x} is in {keys[key]} and in {split}")
         if len(np.unique(table["key"])) != len(table):
             problems.append(f"{folder}: the split {split} holds a key twice")
         for number, shard in enumerate(info.shards):
@@ -78,9 +74,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         if not path.is_file() or path.read_bytes() != content:
             problems.append(f"{path} is missing or does not fit index.json")
     known = {shard.file for info in index.splits.values() for shard in info.shards}
-    strays = sorted(
-        p.name for p in folder.iterdir() if p.name.endswith((".tar", ".tmp")) and p.name not in known
-    )
+    strays = sorted(p.name for p in folder.iterdir() if p.name.endswith((".tar", ".tmp")) and p.name not in known)
     problems += [f"{folder / name} does not belong to the index" for name in strays]
     return problems
 
@@ -128,7 +122,7 @@ def shards_main(argv: Sequence[str]) -> int:
         problems = verify(folder)
         for problem in problems:
             print(problem)
-        print(f"{folder}: {f'{len(problems)} problems' if problems else 'ok'}")
+        print(f"{folder}: {f'{len(problems)} problem(s)' if problems else 'ok'}")
         status = 1 if problems else status
     return status
 
@@ -142,11 +136,7 @@ def _verify_shard(
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             problems.append(f"{path}: sha256 differs from index.json; copy the file again")
     label = "json" if index.task == "multilabel" else "cls"
-    names = [
-        f"{key}.{extension}"
-        for key in index.keys(split, rows)
-        for extension in (index.image.extension, label)
-    ]
+    names = [f"{key}.{extension}" for key in index.keys(split, rows) for extension in (index.image.extension, label)]
     try:
         with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()

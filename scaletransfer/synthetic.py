@@ -98,17 +98,11 @@ def main(argv: Sequence[str]) -> int:
         description="Draw a data set in an official layout, for trying the project without any data.",
     )
     parser.add_argument("source", choices=["chexpert"], help="whose layout")
-    parser.add_argument(
-        "--rows", type=int, required=True, help="images in all; a tenth of them is for validation"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to make, such as datasets/CheXpert-v1.0"
-    )
+    parser.add_argument("--rows", type=int, required=True, help="images in all; a tenth of them is for validation")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make, such as datasets/CheXpert-v1.0")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients (default: 0)")
     parser.add_argument("--size", type=int, default=320, help="about the short side in pixels (default: 320)")
-    parser.add_argument(
-        "--workers", type=int, default=_cores(), help="processes (default: one a core, at most 8)"
-    )
+    parser.add_argument("--workers", type=int, default=_cores(), help="processes (default: one a core, at most 8)")
     parser.add_argument(
         "--table",
         choices=["auto", "real", "drawn"],
@@ -149,16 +143,12 @@ def _rows(table: str, count: int, seed: int) -> tuple[str, list[Row]]:
     file = real_table() if table != "drawn" else None
     if file is None:
         if table == "real":
-            raise ValueError(
-                "The real table needs the package torchxrayvision; install it or use --table drawn."
-            )
+            raise ValueError("The real table needs the package torchxrayvision; install it or use --table drawn.")
         # Many more than needed, so that rare findings can be chosen.
         return "drawn", draw_rows(np.random.default_rng((seed, 6)), max(20_000, 2 * count))
     rows = read_rows(file)
     if count > len(rows):
-        raise ValueError(
-            f"--rows is {count} and the real table has {len(rows)}; ask for fewer or use --table drawn."
-        )
+        raise ValueError(f"--rows is {count} and the real table has {len(rows)}; ask for fewer or use --table drawn.")
     return "real", rows
 
 

@@ -127,9 +127,7 @@ class Canvas:
         for (ax, ay), (bx, by) in pairwise(points):
             dx, dy = bx - ax, by - ay
             along = np.clip(((self.x - ax) * dx + (self.y - ay) * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1)
-            np.minimum(
-                nearest, (self.x - ax - along * dx) ** 2 + (self.y - ay - along * dy) ** 2, out=nearest
-            )
+            np.minimum(nearest, (self.x - ax - along * dx) ** 2 + (self.y - ay - along * dy) ** 2, out=nearest)
         return soft(width - np.sqrt(nearest), width * 0.7)
 
     def clouds(self, rng: np.random.Generator, cells: int) -> Field:

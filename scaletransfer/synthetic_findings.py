@@ -64,9 +64,7 @@ def _opacity(canvas: Canvas, rng: np.random.Generator, strength: float) -> None:
 
 
 def _opacity_lateral(canvas: Canvas, rng: np.random.Generator, strength: float) -> None:
-    canvas.density += (
-        strength * 0.22 * canvas.blob(0.22, rng.normal(-0.10, 0.04), 0.17, 0.17) * canvas.lungs[0]
-    )
+    canvas.density += strength * 0.22 * canvas.blob(0.22, rng.normal(-0.10, 0.04), 0.17, 0.17) * canvas.lungs[0]
 
 
 def _lesion(canvas: Canvas, rng: np.random.Generator, strength: float) -> None:
@@ -251,9 +249,7 @@ def _devices(canvas: Canvas, rng: np.random.Generator, strength: float) -> None:
         canvas.density += 0.40 * canvas.tube(lead, 0.013)
     if 1 in kinds:
         canvas.density += 0.40 * canvas.tube([(0.0, -1.5), (0.01, -0.75), (0.0, -0.34)], 0.017)
-        canvas.density += 0.38 * canvas.tube(
-            [(-0.60, -0.95), (-0.32, -0.62), (-0.10, -0.42), (-0.10, 0.02)], 0.013
-        )
+        canvas.density += 0.38 * canvas.tube([(-0.60, -0.95), (-0.32, -0.62), (-0.10, -0.42), (-0.10, 0.02)], 0.013)
     if 2 in kinds:
         spots = [(-0.56, -0.42), (0.58, -0.34), (0.52, 0.34)]
         for x, y in spots:
@@ -266,9 +262,7 @@ def _devices_lateral(canvas: Canvas, rng: np.random.Generator, strength: float) 
     kinds = rng.permutation(3)[: int(rng.integers(1, 3))]
     if 0 in kinds:
         canvas.density += 0.65 * soft(1 - canvas.disc(-0.42, -0.45, 0.045, 0.11), 0.15)
-        canvas.density += 0.36 * canvas.tube(
-            [(-0.40, -0.40), (-0.05, -0.55), (0.0, -0.1), (-0.2, 0.3)], 0.013
-        )
+        canvas.density += 0.36 * canvas.tube([(-0.40, -0.40), (-0.05, -0.55), (0.0, -0.1), (-0.2, 0.3)], 0.013)
     if 1 in kinds:
         canvas.density += 0.40 * canvas.tube([(-0.05, -1.5), (-0.04, -0.8), (0.04, -0.34)], 0.017)
     if 2 in kinds:

@@ -222,9 +222,7 @@ def truth(row: Row, seed: int) -> dict[str, float]:
     healthy = row.states[CHEXPERT_COLUMNS.index(NO_FINDING)] == POSITIVE
     present = {}
     for name in FINDINGS:
-        draw, strength = np.random.default_rng(
-            (seed, 4, row.patient, row.study, zlib.crc32(name.encode()))
-        ).random(2)
+        draw, strength = np.random.default_rng((seed, 4, row.patient, row.study, zlib.crc32(name.encode()))).random(2)
         state = row.states[CHEXPERT_COLUMNS.index(name)]
         chance = {POSITIVE: 1.0, NEGATIVE: 0.0, UNCERTAIN: 0.5, NOT_MENTIONED: _UNMENTIONED}[state]
         if healthy and name != "Support Devices":

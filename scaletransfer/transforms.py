@@ -88,12 +88,8 @@ def build_transform(
         raise ValueError(f"transform size must be 1 pixel or more, not {size}.")
     if kind == "xray":
         if options.randaugment:
-            raise ValueError(
-                "transform randaugment is for natural images; X-rays have shift, rotation and scale."
-            )
-        return v2.Compose(
-            [_grey_tensor, _SquareResize(size), *([_xray_affine(protocol, options)] if train else [])]
-        )
+            raise ValueError("transform randaugment is for natural images; X-rays have shift, rotation and scale.")
+        return v2.Compose([_grey_tensor, _SquareResize(size), *([_xray_affine(protocol, options)] if train else [])])
     if kind != "natural":
         raise ValueError(f"transform kind must be xray or natural, not {kind!r}.")
     for name in ("shift", "rotation", "scale"):
@@ -163,9 +159,7 @@ class ReflectedAffine(v2.Transform):
         theta = torch.tensor(np.column_stack([matrix, offset]), dtype=torch.float32)[None]
         planes = inpt.reshape(1, -1, height, width)
         grid = nnf.affine_grid(theta, [1, 1, height, width], align_corners=False)
-        moved = nnf.grid_sample(
-            planes.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
-        )
+        moved = nnf.grid_sample(planes.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return _to_dtype(moved, inpt.dtype).reshape(inpt.shape)
 
 
@@ -180,9 +174,7 @@ class Normalizer(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, mean: float | Sequence[float], std: float | Sequence[float], pixel_max: float = 255.0
-    ) -> None:
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float], pixel_max: float = 255.0) -> None:
         super().__init__()
         means, deviations = np.atleast_1d(mean).astype(np.float64), np.atleast_1d(std).astype(np.float64)
         if 1 not in (len(means), len(deviations)) and len(means) != len(deviations):
@@ -191,12 +183,8 @@ class Normalizer(nn.Module):
             raise ValueError(f"Normalisation needs std and pixel_max above 0, not {std} and {pixel_max}.")
         self.pixel_max = float(pixel_max)
         # Not persistent: a model's file keeps them in model.json, not among its weights.
-        self.register_buffer(
-            "mean", torch.tensor(means, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "std", torch.tensor(deviations, dtype=torch.float32).view(1, -1, 1, 1), persistent=False
-        )
+        self.register_buffer("mean", torch.tensor(means, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(deviations, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """[b, c, H, W] of any integer dtype -> float32 [b, c, H, W]."""
@@ -259,9 +247,7 @@ def _rgb_tensor(image: Decoded) -> Tensor:
         image = image.convert("RGB")
     pixels = _tensor(image)
     if pixels.dtype != torch.uint8:
-        raise ValueError(
-            "A 16-bit image was given to the pipeline for natural images; use kind 'xray' or 8-bit files."
-        )
+        raise ValueError("A 16-bit image was given to the pipeline for natural images; use kind 'xray' or 8-bit files.")
     if len(pixels) in (2, 4):
         pixels = pixels[:-1]
     return pixels.expand(3, -1, -1)
@@ -285,9 +271,7 @@ def _tensor(image: Decoded) -> Tensor:
     if image.ndim == 2:
         image = image[None]
     if image.ndim != 3 or not 1 <= len(image) <= 4 or 0 in image.shape:
-        raise ValueError(
-            f"An image must have height, width and 1 to 4 channels, not the shape {tuple(image.shape)}."
-        )
+        raise ValueError(f"An image must have height, width and 1 to 4 channels, not the shape {tuple(image.shape)}.")
     return image
 
 

@@ -31,9 +31,7 @@ def test_help_lists_every_command_in_one_line_each():
     done = run("--help")
     assert done.returncode == 0 and done.stderr == ""
     for name, command in cli.COMMANDS.items():
-        assert (
-            sum(line.split()[:1] == [name] and command.help in line for line in done.stdout.splitlines()) == 1
-        )
+        assert sum(line.split()[:1] == [name] and command.help in line for line in done.stdout.splitlines()) == 1
     nothing = run()
     assert nothing.returncode == 2 and "usage:" in nothing.stderr
 

@@ -188,9 +188,7 @@ def test_shipped_files_are_found_from_any_directory(tmp_path, monkeypatch):
 
 def test_an_unknown_key_names_file_line_and_the_nearest(write):
     path = write(f"{MINIMAL}optimizer:\n  base_lrr: 1\n")
-    assert refusal(path) == (
-        f"{path}, line 4: unknown key optimizer.base_lrr (did you mean optimizer.base_lr?)."
-    )
+    assert refusal(path) == (f"{path}, line 4: unknown key optimizer.base_lrr (did you mean optimizer.base_lr?).")
     assert "did you mean optimizer.base_lr?" in refusal(write(MINIMAL), "base_lr=1")
     assert "data.policy has name, uncertain, blank, per_label" in refusal(write(MINIMAL), "data.policy.zzz=1")
     base = write("zzz: 1\n", "parts/base.yaml")
@@ -346,9 +344,7 @@ def test_base_files_missing_or_in_a_circle(write, tmp_path):
 def test_overrides_that_are_none(write):
     path = write(MINIMAL)
     assert "write key=value" in refusal(path, "epochs")
-    assert "write it whole, data.policy.per_label=..." in refusal(
-        path, "data.policy.per_label.Edema.blank=zeros"
-    )
+    assert "write it whole, data.policy.per_label=..." in refusal(path, "data.policy.per_label.Edema.blank=zeros")
     assert "an override has no dashes" in refusal(path, "--epochs=3")
 
 

@@ -46,9 +46,7 @@ def make(kind: str, base: Path) -> Made:
         root = make_chexpert(base / "CheXpert-v1.0", labels=known, **salted)
         # which rows come first is only known from the plan: give labels to some of the others
         plan = plan_shards(open_source("chexpert", root), SALT, shard_size=12)
-        late = {
-            s.image for start in (0, 12, 24) for s in plan.samples["train"][start + UNKNOWN_FIRST : start + 9]
-        }
+        late = {s.image for start in (0, 12, 24) for s in plan.samples["train"][start + UNKNOWN_FIRST : start + 9]}
         images = [r.image for r in open_source("chexpert", root) if r.split == "train"]
         findings = {"Edema": 1, "Pleural Effusion": -1, "Fracture": 0}
         labels = [findings if image in late else {} for image in images]
@@ -93,22 +91,14 @@ def test_webdataset_as_pil(multilabel, multiclass):
     import webdataset
 
     for made, label in ((multilabel, "json"), (multiclass, "cls")):
-        dataset = (
-            webdataset.WebDataset(made.urls, shardshuffle=False)
-            .decode("pil")
-            .to_tuple("__key__", "jpg", label)
-        )
+        dataset = webdataset.WebDataset(made.urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", label)
         seen = []
         for key, image, value in dataset:
             seen.append(key)
-            assert np.array_equal(
-                np.asarray(image.convert("L" if label == "json" else "RGB")), made.pixels[key]
-            )
+            assert np.array_equal(np.asarray(image.convert("L" if label == "json" else "RGB")), made.pixels[key])
             assert (value["labels"] if label == "json" else value) == made.labels[key]
             if label == "json":
-                assert (
-                    value.keys() == {"labels", "patient", "view"} and value["patient"] == made.patients[key]
-                )
+                assert value.keys() == {"labels", "patient", "view"} and value["patient"] == made.patients[key]
         assert seen == made.order
 
 
@@ -117,9 +107,7 @@ def test_webdataset_as_torch(multilabel, multiclass):
 
     for made, label in ((multilabel, "json"), (multiclass, "cls")):
         dataset = (
-            webdataset.WebDataset(made.urls, shardshuffle=False)
-            .decode("torchrgb8")
-            .to_tuple("__key__", "jpg", label)
+            webdataset.WebDataset(made.urls, shardshuffle=False).decode("torchrgb8").to_tuple("__key__", "jpg", label)
         )
         seen = []
         for key, image, value in dataset:
@@ -177,11 +165,9 @@ def test_timm(kind, request):
     from timm.data import create_dataset
 
     made = request.getfixturevalue(kind)
-    # timm takes the class from `cls`, or from the field of the JSON that target_key names: here the raw states
+    # timm takes the class from `cls`, or from the JSON field that target_key names: here the raw states
     options = {"target_key": "labels"} if kind == "multilabel" else {}
-    dataset = create_dataset(
-        "wds/", root=str(made.folder), split="train", is_training=False, batch_size=4, **options
-    )
+    dataset = create_dataset("wds/", root=str(made.folder), split="train", is_training=False, batch_size=4, **options)
     assert len(dataset) == len(made.order)
     seen = 0
     for key, (image, target) in zip(made.order, dataset, strict=True):
@@ -197,9 +183,7 @@ def test_timm_in_training_gives_every_sample_once_an_epoch(kind, request):
 
     made = request.getfixturevalue(kind)
     options = {"target_key": "labels"} if kind == "multilabel" else {}
-    dataset = create_dataset(
-        "wds/", root=str(made.folder), split="train", is_training=True, batch_size=1, **options
-    )
+    dataset = create_dataset("wds/", root=str(made.folder), split="train", is_training=True, batch_size=1, **options)
     pictures = [np.asarray(image).tobytes() for image, _ in dataset]
     assert sorted(pictures) == sorted(_as_rgb(made, key).tobytes() for key in made.order)
 
@@ -212,9 +196,7 @@ def test_side_files_name_every_shard_with_its_size(multilabel):
         assert wids["wids_version"] == 1
         files = [(shard.file, shard.samples) for shard in expected.shards]
         assert [(shard["url"], shard["nsamples"]) for shard in wids["shardlist"]] == files
-        assert [shard["filesize"] for shard in wids["shardlist"]] == [
-            shard.bytes for shard in expected.shards
-        ]
+        assert [shard["filesize"] for shard in wids["shardlist"]] == [shard.bytes for shard in expected.shards]
         listed = info["splits"][split]
         assert list(zip(listed["filenames"], listed["shard_lengths"], strict=True)) == files
         assert listed["num_samples"] == expected.samples and listed["name"] == split

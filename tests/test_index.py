@@ -65,9 +65,7 @@ def test_a_row_leads_to_its_image_bytes_labels_and_patient(chexpert):
     index = load_index(folder)
     for split in index.splits:
         records = {
-            keys.key("chexpert", r.source_id, SALT): r
-            for r in open_source("chexpert", root)
-            if r.split == split
+            keys.key("chexpert", r.source_id, SALT): r for r in open_source("chexpert", root) if r.split == split
         }
         table = index.table(split)
         assert set(index.keys(split, slice(None))) == set(records)
@@ -119,9 +117,7 @@ def test_truncated_shard_names_file_and_both_sizes(folder):
     size = path.stat().st_size
     with open(path, "r+b") as file:
         file.truncate(size - 512)
-    with pytest.raises(
-        ValueError, match=rf"train-000001\.tar is truncated: {size - 512} bytes.*{size};.*copy"
-    ):
+    with pytest.raises(ValueError, match=rf"train-000001\.tar is truncated: {size - 512} bytes.*{size};.*copy"):
         load_index(folder)
 
 

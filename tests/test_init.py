@@ -43,9 +43,9 @@ def test_neither_classes_nor_seeded_state_nor_device_change_the_body() -> None:
     other = create_model("BiT-tiny", 5)
     init_weights(other, 8)
     assert not torch.equal(other.root.conv.weight, first.root.conv.weight)
-    assert not torch.equal(
-        initial_value("a", (4, 4), "uniform", 0), initial_value("b", (4, 4), "uniform", 0)
-    ), "tensors of equal shape must not be equal"
+    assert not torch.equal(initial_value("a", (4, 4), "uniform", 0), initial_value("b", (4, 4), "uniform", 0)), (
+        "tensors of equal shape must not be equal"
+    )
 
 
 def test_the_global_generator_is_left_alone() -> None:

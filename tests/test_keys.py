@@ -17,10 +17,7 @@ SALT = b"sixteen bytes ok"
 def test_keys_are_the_documented_hash() -> None:
     digits = hmac.new(SALT, b"CheXpert-v1.0/train/a.jpg", hashlib.sha256).hexdigest()[:16]
     assert key("chexpert", "CheXpert-v1.0/train/a.jpg", SALT) == f"chexpert-{digits}"
-    assert (
-        patient_code("chexpert", "patient00001", SALT)
-        == hmac.new(SALT, b"patient00001", "sha256").hexdigest()[:16]
-    )
+    assert patient_code("chexpert", "patient00001", SALT) == hmac.new(SALT, b"patient00001", "sha256").hexdigest()[:16]
     assert patient_code("chexpert", "", SALT) == ""
 
 

@@ -42,9 +42,7 @@ def plain(raw: np.ndarray, policy: LabelPolicy) -> np.ndarray:
                 continue
             if row[NF] == 1 and (policy.name == "paper" or name != "Support Devices"):
                 state = 0
-            rules = {"uncertain": policy.uncertain, "blank": policy.blank} | dict(
-                policy.per_label.get(name, {})
-            )
+            rules = {"uncertain": policy.uncertain, "blank": policy.blank} | dict(policy.per_label.get(name, {}))
             kind = {-1: "uncertain", -2: "blank"}.get(state)
             out.append(state if kind is None else {"ignore": np.nan, "ones": 1, "zeros": 0}[rules[kind]])
         rows.append(out)

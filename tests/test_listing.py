@@ -21,9 +21,7 @@ def chexpert(root: Path, *labels: dict[str, str]) -> Path:
         writer.writerow(HEADER)
         for number, cells in enumerate(labels, 1):
             path = f"CheXpert-v1.0/train/patient{number:05d}/study1/view1_frontal.jpg"
-            writer.writerow(
-                [path, "Male", 50, "Frontal", "AP", *(cells.get(c, "") for c in CHEXPERT_COLUMNS)]
-            )
+            writer.writerow([path, "Male", 50, "Frontal", "AP", *(cells.get(c, "") for c in CHEXPERT_COLUMNS)])
     return root
 
 

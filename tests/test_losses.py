@@ -86,9 +86,7 @@ def test_sums_over_parts_are_the_sum_over_all() -> None:
         torch.randn(32, 13, dtype=torch.float64, generator=_generator()),
     )
     whole, count = masked_bce(logits, target)
-    parts = [
-        masked_bce(x, y) for x, y in zip(logits.split([1, 20, 11]), target.split([1, 20, 11]), strict=True)
-    ]
+    parts = [masked_bce(x, y) for x, y in zip(logits.split([1, 20, 11]), target.split([1, 20, 11]), strict=True)]
     assert abs(sum(p[0].item() for p in parts) - whole.item()) < 1e-12
     assert sum(p[1].item() for p in parts) == count
 

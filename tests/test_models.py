@@ -63,9 +63,7 @@ def test_logits_equal_timm(size: str) -> None:
     twin.load_state_dict(to_timm(model.state_dict()))
     # An odd size shows differences in padding and pooling that even ones hide.
     for side in (64, 75):
-        image = torch.randn(
-            2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(side)
-        )
+        image = torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(side))
         with torch.no_grad():
             ours, theirs = model(image), twin(image)
         assert theirs.abs().max() > 0.1
@@ -113,17 +111,12 @@ def test_other_sizes_are_unpublished_and_tiny_is_small() -> None:
         other, tiny = create_model("BiT-S-R152x1", 4), create_model("BiT-tiny", 13)
     assert not other.published and not tiny.published
     assert 1_900_000 < sum(p.numel() for p in tiny.parameters()) < 2_100_000
-    assert (
-        type(next(m for m in tiny.modules() if isinstance(m, PreActBottleneck))).__name__
-        == "PreActBottleneck"
-    )
+    assert type(next(m for m in tiny.modules() if isinstance(m, PreActBottleneck))).__name__ == "PreActBottleneck"
     assert len(PUBLISHED) == 12
 
 
 def test_standardize_against_numpy_arithmetic() -> None:
-    weight = (
-        torch.randn(6, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.02 + 0.3
-    )
+    weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.02 + 0.3
     rows = weight.numpy().reshape(6, -1)
     expected = (rows - rows.mean(1, keepdims=True)) / (rows.var(1, keepdims=True) + 1e-3) ** 0.5
     result = standardize(weight, 1e-3)

@@ -32,9 +32,7 @@ def requirements(text: str) -> list[Requirement]:
 
 def constraints() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict(
-        line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#")
-    )
+    return dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +91,7 @@ def test_an_installed_wheel_finds_its_configs(wheel, tmp_path):
         "from scaletransfer.config import find_config; "
         "print(scaletransfer.__file__, find_config('configs/chexpert_bit50x1.yaml'))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     module, config = map(Path, done.stdout.split())
     assert module == target / "scaletransfer/__init__.py"
     assert config == target / "share/scaletransfer/configs/chexpert_bit50x1.yaml"
@@ -113,9 +109,7 @@ def test_lower_bounds_are_what_was_tested():
         (bound,) = [clause.version for clause in requirement.specifier]
         shared = bound.split(".")[:2]
         if name != "setuptools":  # the build needs less than the tests happen to have
-            assert pinned[name].split(".")[: len(shared)] == shared, (
-                f"{requirement}: tested with {pinned[name]}"
-            )
+            assert pinned[name].split(".")[: len(shared)] == shared, f"{requirement}: tested with {pinned[name]}"
 
 
 def test_torch_is_pinned_as_tested_and_its_own_libraries_are_left_to_it():
@@ -172,9 +166,7 @@ def test_no_file_of_the_package_is_over_400_lines():
 
 
 def test_make_help_lists_every_target():
-    done = subprocess.run(
-        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in ("help", "install", "demo", "test", "slow", "soak", "lint", "clean"):
         assert f"  {target} " in done.stdout
 

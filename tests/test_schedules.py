@@ -75,9 +75,7 @@ def test_cosine_table() -> None:
 def test_without_warm_up_and_with_nothing_but_warm_up() -> None:
     cosine = Schedule(kind="cosine", base_lr=1.0, epochs=1)
     table = [lr_at(cosine, seen, 4 * 256, 256) for seen in range(0, 4 * 256, 256)]
-    assert all(
-        math.isclose(a, (1 + math.cos(math.pi * k / 4)) / 2, abs_tol=1e-15) for k, a in enumerate(table, 1)
-    )
+    assert all(math.isclose(a, (1 + math.cos(math.pi * k / 4)) / 2, abs_tol=1e-15) for k, a in enumerate(table, 1))
     only = dataclasses.replace(cosine, warmup_epochs=1)
     assert [lr_at(only, seen, 512, 256) for seen in (0, 256)] == [0.5, 1.0]
     assert lr_at(only, 512, 512, 256) == 0.0

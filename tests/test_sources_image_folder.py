@@ -26,9 +26,7 @@ def test_flat_layout(tmp_path: Path) -> None:
         ("dog/a.jpg", 1, "train"),
         ("dog/b.png", 1, "train"),
     ]
-    assert records[0] == Record(
-        source_id="cat/1.JPG", split="train", patient="", image="cat/1.JPG", labels=0, view=""
-    )
+    assert records[0] == Record(source_id="cat/1.JPG", split="train", patient="", image="cat/1.JPG", labels=0, view="")
 
 
 @pytest.mark.parametrize("valid", ["val", "valid", "validation"])

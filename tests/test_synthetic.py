@@ -192,10 +192,7 @@ def test_refusals_leave_nothing_behind(
 
     def command(*argv: str) -> str:
         out = str(tmp_path / "new")
-        assert (
-            run_command(synthetic.main, ["chexpert", "--rows", "40", "--out", out, "--size", "64", *argv])
-            == 2
-        )
+        assert run_command(synthetic.main, ["chexpert", "--rows", "40", "--out", out, "--size", "64", *argv]) == 2
         error = capsys.readouterr().err
         return error
 

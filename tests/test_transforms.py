@@ -93,9 +93,7 @@ def test_affine_equals_scipy_with_reflected_border(
     difference = abs(result[0].numpy().astype(np.float64) - np.round(expected))
     assert difference.max() <= tolerance
     if dtype == np.uint8:
-        assert (difference > 0).mean() < 0.02, (
-            "only values half way between two integers may round differently"
-        )
+        assert (difference > 0).mean() < 0.02, "only values half way between two integers may round differently"
 
 
 def test_signs_of_the_affine() -> None:
@@ -216,9 +214,7 @@ def test_extreme_pixels_do_not_wrap() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_pillow_modes(mode: str) -> None:
     image = Image.fromarray(np.round(_smooth(30, 30)).astype(np.uint8)).convert(mode)
-    assert torch.equal(
-        build_transform("xray", False, 30)(image)[0], torch.from_numpy(np.array(image.convert("L")))
-    )
+    assert torch.equal(build_transform("xray", False, 30)(image)[0], torch.from_numpy(np.array(image.convert("L"))))
     # 26 * 256 / 224 is 30: nothing is resized, two pixels are cut off on each side.
     rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     assert torch.equal(build_transform("natural", False, 26)(image), rgb[:, 2:28, 2:28])
@@ -265,13 +261,9 @@ def test_normalizer() -> None:
     assert out.dtype == torch.float32 and out.shape == images.shape
     assert out.min() == -1 and out.max() == 1
     deep = torch.tensor([0, 32768, 65535], dtype=torch.uint16).reshape(1, 1, 1, 3)
-    assert torch.allclose(
-        Normalizer(0.5, 0.25, 65535)(deep).flatten(), torch.tensor([-2.0, 2 / 65535, 2.0]), atol=1e-7
-    )
+    assert torch.allclose(Normalizer(0.5, 0.25, 65535)(deep).flatten(), torch.tensor([-2.0, 2 / 65535, 2.0]), atol=1e-7)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    colour = torch.randint(
-        0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    colour = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = (colour.numpy() / 255.0 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     normalizer = Normalizer(mean, std)
     assert abs(normalizer(colour).numpy() - expected).max() < 1e-6

@@ -106,9 +106,7 @@ def test_google_form_of_r50x1_gives_timms_logits(tmp_path: Path) -> None:
                 "head.fc.weight": "head/conv2d/kernel",
                 "head.fc.bias": "head/conv2d/bias",
             }[name]
-        arrays[f"resnet/{key}"] = (
-            (value.permute(2, 3, 1, 0) if value.ndim == 4 else value).contiguous().numpy()
-        )
+        arrays[f"resnet/{key}"] = (value.permute(2, 3, 1, 0) if value.ndim == 4 else value).contiguous().numpy()
     file = tmp_path / "BiT-M-R50x1.npz"
     np.savez(file, **arrays)
     loaded, _ = load_pretrained(file)
@@ -221,9 +219,7 @@ def test_load_into_lists_every_problem_and_touches_nothing(state: dict[str, Tens
 def test_head_is_strict_or_replaced(state: dict[str, Tensor]) -> None:
     model = create_model("BiT-tiny", 9)
     own = model.head.conv.weight.detach().clone()
-    with pytest.raises(
-        ValueError, match=r"head\.conv\.weight \(6, 1024, 1, 1\) instead of \(9, .*head='replace'"
-    ):
+    with pytest.raises(ValueError, match=r"head\.conv\.weight \(6, 1024, 1, 1\) instead of \(9, .*head='replace'"):
         load_into(model, state)
     load_into(model, state, head="replace")
     assert torch.equal(model.head.conv.weight, own)

@@ -33,9 +33,7 @@ class Drawn(CheXpert):
 
 def main(argv: Sequence[str]) -> int:
     """Write the sample set; 0.  Raises ValueError if the folder holds other shards."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are there already")
     options = parser.parse_args(argv)
@@ -54,14 +52,12 @@ def draw(root: Path, images: int = 9, validation: int = 3) -> None:
         rows = []
         for row in range(count):
             number += 1
-            # patients of training and validation differ; their numbers mean nothing
-            name = f"{split}/patient{number // 2 + (50 if split == 'valid' else 1):05d}/study{row}/view1_frontal.jpg"
+            patient = number // 2 + (50 if split == "valid" else 1)  # none is in both splits
+            name = f"{split}/patient{patient:05d}/study{row}/view1_frontal.jpg"
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             _picture(rng).save(path, quality=80)
-            cells = [
-                "" if row == 0 else CELLS[rng.integers(4)] for _ in CHEXPERT_COLUMNS
-            ]  # row 0: nothing known
+            cells = ["" if row == 0 else CELLS[rng.integers(4)] for _ in CHEXPERT_COLUMNS]  # row 0: nothing known
             rows.append([f"CheXpert-v1.0/{name}", "Unknown", "0", "Frontal", ("PA", "AP")[row % 2], *cells])
         with open(root / f"{split}.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

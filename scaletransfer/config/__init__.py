@@ -99,9 +99,7 @@ def load_config(paths: PathLike | Sequence[PathLike], overrides: Sequence[str] =
 @overload
 def load_config(paths: PathLike | Sequence[PathLike], overrides: Sequence[str], cls: type[T]) -> T: ...
 @overload
-def load_config(
-    paths: PathLike | Sequence[PathLike], overrides: Sequence[str] = (), *, cls: type[T]
-) -> T: ...
+def load_config(paths: PathLike | Sequence[PathLike], overrides: Sequence[str] = (), *, cls: type[T]) -> T: ...
 def load_config(
     paths: PathLike | Sequence[PathLike], overrides: Sequence[str] = (), cls: type = PretrainConfig
 ) -> object:

@@ -144,9 +144,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, dict[tuple[str, ...], int]]
         raise ValueError(f"{origin}: this is not YAML: {' '.join(str(error).split())}.") from None
 
 
-def _check_node(
-    node: yaml.Node, origin: str, path: tuple[str, ...], lines: dict[tuple[str, ...], int]
-) -> None:
+def _check_node(node: yaml.Node, origin: str, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
     where = f"{origin}, line {node.start_mark.line + 1}"
     if node.tag not in PLAIN_TAGS:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -177,9 +175,7 @@ def read_file(path: Path, cls: type, _open: tuple[Path, ...] = ()) -> dict[str, 
     chain = (*_open, path.resolve())
     if path.resolve() in _open:
         names = " -> ".join(p.name for p in chain[_open.index(path.resolve()) :])
-        raise ValueError(
-            f"{path}: its base files name each other in a circle ({names}); remove one of the links."
-        )
+        raise ValueError(f"{path}: its base files name each other in a circle ({names}); remove one of the links.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -261,9 +257,7 @@ def flatten(
             values |= flatten(value, fields[part], origin, lines, here, root)
         else:
             known = ", ".join(hints(fields[part]))
-            raise ValueError(
-                f"{where}: {name} is a section with the keys {known}; it cannot be {shown(value)}."
-            )
+            raise ValueError(f"{where}: {name} is a section with the keys {known}; it cannot be {shown(value)}.")
     return values
 
 
@@ -302,9 +296,7 @@ def build(cls: type[T], values: Mapping[str, Value], prefix: str = "") -> T:
         elif name in values:
             arguments[field.name] = convert(name, values[name], hint)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(
-                f"the key {name} is required ({type_name(hint)}): set it in a file or as {name}=..."
-            )
+            raise ValueError(f"the key {name} is required ({type_name(hint)}): set it in a file or as {name}=...")
     try:
         return cls(**arguments)
     except ConfigError as error:
@@ -335,12 +327,8 @@ def convert(name: str, written: Value, hint: Any) -> Any:
             return parser.parse_object({"value": candidate}).value
         except jsonargparse.ArgumentError:
             continue
-    close = (
-        nearest(str(written.value), [str(c) for c in get_args(hint)]) if get_origin(hint) is Literal else ""
-    )
-    raise ValueError(
-        f"{written.origin}: {name} must be {type_name(hint)}, not {shown(written.value)}{close}."
-    )
+    close = nearest(str(written.value), [str(c) for c in get_args(hint)]) if get_origin(hint) is Literal else ""
+    raise ValueError(f"{written.origin}: {name} must be {type_name(hint)}, not {shown(written.value)}{close}.")
 
 
 @cache
@@ -370,6 +358,4 @@ class _PlainDumper(yaml.SafeDumper):
 
 def dump(config: Any) -> str:
     """The dataclass tree as YAML that reads back equal."""
-    return yaml.dump(
-        dataclasses.asdict(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=100
-    )
+    return yaml.dump(dataclasses.asdict(config), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=100)

@@ -156,9 +156,7 @@ class DataConfig:
         given."""
         if isinstance(self.train, dict):
             return tuple(self.train.items())
-        return tuple(
-            (folder, None) for folder in ([self.train] if isinstance(self.train, str) else self.train)
-        )
+        return tuple((folder, None) for folder in ([self.train] if isinstance(self.train, str) else self.train))
 
     @property
     def valid_folders(self) -> tuple[str, ...]:
@@ -195,9 +193,7 @@ class OptimizerConfig:
         for key in ("base_lr", "clipping", "eps"):
             value = getattr(self, key)
             _check(0 < value < float("inf"), f"optimizer.{key}", value, "a positive number")
-        _check(
-            0 <= self.weight_decay < float("inf"), "optimizer.weight_decay", self.weight_decay, "0 or more"
-        )
+        _check(0 <= self.weight_decay < float("inf"), "optimizer.weight_decay", self.weight_decay, "0 or more")
         for key in ("momentum", "dampening"):
             value = getattr(self, key)
             _check(0 <= value < 1, f"optimizer.{key}", value, "at least 0 and below 1")
@@ -247,9 +243,7 @@ class ScheduleConfig:
             self.decay_epochs,
             "positive epochs in rising order",
         )
-        _check(
-            0 < self.decay_factor <= 1, "schedule.decay_factor", self.decay_factor, "above 0 and at most 1"
-        )
+        _check(0 < self.decay_factor <= 1, "schedule.decay_factor", self.decay_factor, "above 0 and at most 1")
         _check(0 <= self.min_lr < float("inf"), "schedule.min_lr", self.min_lr, "0 or more")
 
 
@@ -359,9 +353,7 @@ class PretrainConfig:
         _check(0 <= self.seed < 2**63, "seed", self.seed, "of 0 to 2^63 - 1")
         for key in ("global_batch", "micro_batch", "epochs"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        _check(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more, or null"
-        )
+        _check(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more, or null")
         _check(
             self.global_batch % self.micro_batch == 0,
             "global_batch",

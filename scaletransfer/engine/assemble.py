@@ -63,7 +63,9 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
     names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
     depths = {index.image.bit_depth for index, _ in [*train, *valid]}
     if len(depths) > 1:
-        raise ValueError(f"the shards mix {sorted(depths)} bits a channel: make them alike with --encode or --bit-depth")
+        raise ValueError(
+            f"the shards mix {sorted(depths)} bits a channel: make them alike with --encode or --bit-depth"
+        )
 
     def dataset(pairs: list[tuple[ShardIndex, str]], training: bool) -> ShardDataset:
         chosen = [Source(index=i, split=s, policy=rules, names=names) for i, s in pairs]
@@ -88,11 +90,12 @@ def make_network(cfg: PretrainConfig, classes: int) -> nn.Module:
     """The configured network, with activation checkpointing and compilation switched on where asked for."""
     network = create_model(cfg.model.name, classes)
     if cfg.model.activation_checkpointing:
-        if not hasattr(network, "set_grad_checkpointing"):
+        switch = getattr(network, "set_grad_checkpointing", None)
+        if switch is None:
             raise ValueError(f"model.activation_checkpointing is true but {cfg.model.name} does not offer it")
-        network.set_grad_checkpointing(True)
+        switch(True)
     if cfg.model.compile:
-        blocks = [module for module in network.modules() if isinstance(module, PreActBottleneck)]
+        blocks: list[nn.Module] = [module for module in network.modules() if isinstance(module, PreActBottleneck)]
         for block in blocks or [network]:
             block.compile()
     return network
@@ -119,7 +122,9 @@ def _head(network: nn.Module) -> tuple[str, str | None]:
     names = head_names(network)
     weights = [name for name in names if name.endswith("weight")]
     if len(weights) != 1:
-        raise ValueError(f"the head of this network has the tensors {list(names)}: sgd_agc needs exactly one weight, use sgd")
+        raise ValueError(
+            f"the head of this network has the tensors {list(names)}: sgd_agc needs exactly one weight, use sgd"
+        )
     biases = [name for name in names if name.endswith("bias")]
     return weights[0], biases[0] if biases else None
 
@@ -179,6 +184,7 @@ def run_facts(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) 
 
 
 def pixel_max(train: ShardDataset) -> int:
+    """The pixel value that stands for 1."""
     return int(2 ** train.sources[0].index.image.bit_depth - 1)
 
 
@@ -202,7 +208,16 @@ def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> N
     """``config.yaml`` (resolved) and ``environment.json``, by rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-    packages = ("scaletransfer", "torch", "torchvision", "accelerate", "deepspeed", "numpy", "safetensors", "timm")
+    packages = (
+        "scaletransfer",
+        "torch",
+        "torchvision",
+        "accelerate",
+        "deepspeed",
+        "numpy",
+        "safetensors",
+        "timm",
+    )
     environment = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
@@ -230,7 +245,9 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
     if not strategy.cpu:
         torch.cuda.set_device(strategy.local_rank)
         if strategy.rank == 0 and torch.cuda.device_count() > strategy.local_world:
-            print(f"note: {torch.cuda.device_count()} GPUs are here, {strategy.local_world} used: --num_processes sets it")
+            print(
+                f"note: {torch.cuda.device_count()} GPUs are here, {strategy.local_world} used: --num_processes sets it"
+            )
     steps = accumulation(cfg, strategy.world)
     train, valid, names = open_data(cfg)
     assert train.order is not None
@@ -275,6 +292,7 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
 
 
 def make_schedule(cfg: PretrainConfig) -> Schedule:
+    """The configured schedule over the configured epochs."""
     chosen = cfg.schedule
     return Schedule(
         kind=chosen.kind,

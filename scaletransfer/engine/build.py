@@ -222,7 +222,12 @@ def _replicated(
 
 
 def _fsdp2(
-    strategy: Strategy, accelerator: Accelerator, create: Any, source: Values, make_optimizer: Any, precision: str
+    strategy: Strategy,
+    accelerator: Accelerator,
+    create: Any,
+    source: Values,
+    make_optimizer: Any,
+    precision: str,
 ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
     from accelerate.utils import fsdp2_prepare_model
     from torch.distributed.fsdp import MixedPrecisionPolicy

@@ -37,6 +37,7 @@ LATEST = "latest"
 
 
 def folder_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
     return f"step-{step:08d}"
 
 
@@ -74,7 +75,9 @@ def owned(engine: Engine) -> list[Piece]:
     return shares
 
 
-def save(engine: Engine, root: Path, step: int, facts: dict[str, Any], *, keep: int, with_momentum: bool = True) -> Path:
+def save(
+    engine: Engine, root: Path, step: int, facts: dict[str, Any], *, keep: int, with_momentum: bool = True
+) -> Path:
     """Write checkpoint ``step`` below ``root``. All ranks must call this.
 
     Args:
@@ -175,7 +178,9 @@ def pieces_by_tensor(manifest: dict[str, Any], where: Path) -> dict[str, list[tu
         position = 0
         for start, stop, _, _ in parts:
             if start != position:
-                raise ValueError(f"{where}: {name} has a gap or an overlap at element {position}: the save was not sound")
+                raise ValueError(
+                    f"{where}: {name} has a gap or an overlap at element {position}: the save was not sound"
+                )
             position = stop
         if position != int(np.prod(manifest["tensors"][name], dtype=np.int64)):
             raise ValueError(f"{where}: {name} ends at element {position} of {manifest['tensors'][name]}")

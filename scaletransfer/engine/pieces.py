@@ -50,10 +50,8 @@ def shard_rows(rows: int, world: int, rank: int) -> tuple[int, int]:
 
 
 def plain_pieces(module: nn.Module) -> list[Piece]:
-    """single and ddp: every parameter whole."""
-    return [
-        Piece(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in module.named_parameters() if p.requires_grad
-    ]
+    """Single and ddp: every parameter whole."""
+    return [Piece(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def fsdp2_pieces(module: nn.Module) -> list[Piece]:
@@ -113,12 +111,12 @@ def check_cover(pieces: Sequence[Piece], module: nn.Module) -> None:
         raise RuntimeError(f"the engine holds other parameters than the model has: {odd[:5]}")
 
 
-def layout(pieces: Sequence[Piece]) -> dict[Tensor, list[Segment]]:
+def layout(pieces: Sequence[Piece]) -> dict[Tensor, Sequence[Segment]]:
     """For ``SGD_AGC.set_layout``: the segments of each holder, in the order that all ranks share."""
-    holders: dict[int, tuple[Tensor, list[Segment]]] = {}
+    held: dict[int, list[Segment]] = {}
     for piece in pieces:
-        holders.setdefault(id(piece.holder), (piece.holder, []))[1].append(piece.segment())
-    return {holder: segments for holder, segments in holders.values()}
+        held.setdefault(id(piece.holder), []).append(piece.segment())
+    return {piece.holder: held[id(piece.holder)] for piece in pieces}
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, piece: Piece) -> Tensor | None:

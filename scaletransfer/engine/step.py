@@ -88,7 +88,9 @@ def _watch_norm(engine: Engine) -> Callable[[], Tensor]:
 
     def see(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
-            squares.extend(torch.linalg.vector_norm(flat(p.grad)).square() for p in group["params"] if p.grad is not None)
+            squares.extend(
+                torch.linalg.vector_norm(flat(p.grad)).square() for p in group["params"] if p.grad is not None
+            )
 
     hook = engine.optimizer.register_step_pre_hook(see)
 

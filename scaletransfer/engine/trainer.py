@@ -170,7 +170,13 @@ class Trainer:
                 f"the loss of step {step} is {loss}: training has diverged; lower optimizer.base_lr, or look at the "
                 f"samples whose keys stand in {self.folder}/metrics.jsonl; the checkpoints before it are sound"
             )
-        row: dict[str, Any] = {"step": step, "samples": step * batch, "loss": loss, "lr": rate, "grad_norm": norm}
+        row: dict[str, Any] = {
+            "step": step,
+            "samples": step * batch,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+        }
         if clipped == clipped:
             row["clipped_units"] = clipped
         row["keys_sha256"] = hashlib.sha256(keys.encode()).hexdigest()

@@ -39,7 +39,11 @@ _WRAPPERS = {
     "zero2": ("DeepSpeedEngine",),
     "zero3": ("DeepSpeedEngine",),
 }
-_ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "zero3": "DeepSpeedZeroOptimizer_Stage3"}
+_ZERO = {
+    "zero1": "DeepSpeedZeroOptimizer",
+    "zero2": "DeepSpeedZeroOptimizer",
+    "zero3": "DeepSpeedZeroOptimizer_Stage3",
+}
 
 
 def wrapper_of(model: torch.nn.Module) -> str:
@@ -107,7 +111,10 @@ def _check_ranks(engine: Engine) -> None:
     if world > 1:
         counted = torch.ones((), dtype=torch.int64, device=engine.device)
         dist.all_reduce(counted)
-        _must(int(counted) == asked.world, f"a sum over ranks reached {int(counted)} processes, not {asked.world}")
+        _must(
+            int(counted) == asked.world,
+            f"a sum over ranks reached {int(counted)} processes, not {asked.world}",
+        )
     wanted = "cpu" if asked.cpu else "cuda"
     found = {local(piece.holder).device.type for piece in engine.pieces}
     _must(found == {wanted}, f"parameters lie on {sorted(found)}, not on {wanted}")
@@ -133,7 +140,7 @@ def _check_zero(engine: Engine) -> None:
     accumulation = int(engine.model.gradient_accumulation_steps())  # type: ignore[operator]
     _must(
         accumulation == engine.accumulation,
-        f"DeepSpeed accumulates {accumulation} micro-batches, not {engine.accumulation}: the loss would be scaled wrongly",
+        f"DeepSpeed accumulates {accumulation} micro-batches, not {engine.accumulation}: its gradients would be off",
     )
     dtype = getattr(zero, "communication_data_type", torch.float32)
     _must(dtype == torch.float32, f"DeepSpeed reduces gradients in {dtype}, not float32")
@@ -180,8 +187,8 @@ class Bytes:
 def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
     """What the strategy should hold on this rank, from shapes, ranks and precision alone.
 
-    Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum. P is
-    the number of parameters, P/n a rank's share with each engine's own rounding.
+    Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
+    or a rank's share with each engine's own rounding.
     """
     shapes, world, name = engine.shapes.values(), engine.world, engine.strategy.engine
     whole = sum(math.prod(shape) for shape in shapes)
@@ -194,11 +201,23 @@ def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
         return Bytes(4 * share, 4 * share, 4 * share * momentum)
     if name in ("zero1", "zero2"):
         share = -(-whole // world)
-        return Bytes(compute * whole + 4 * share, 4 * share, 4 * share * momentum)
+        # Gradients are views: a parameter that is cut at the end of a partition is held whole on both sides of it.
+        touched = sum(math.prod(piece.shape) for piece in engine.pieces if len(piece))
+        return Bytes(compute * whole + 4 * share, 4 * touched, 4 * share * momentum)
     share = sum(-(-math.prod(shape) // world) for shape in shapes)
     kept = sum(p.ds_numel for p in engine.zero.persistent_parameters)
-    masters = 4 * share if engine.precision == "bf16" else 0
-    return Bytes(compute * (share + kept) + masters, 4 * share, 4 * share * momentum)
+    return Bytes(
+        compute * (share + kept) + (0 if _shares_masters(engine) else 4 * share),
+        4 * share,
+        4 * share * momentum,
+    )
+
+
+def _shares_masters(engine: Engine) -> bool:
+    """Whether ZeRO-3's fp32 masters are the fp32 partitions themselves (releases differ)."""
+    masters = {piece.holder.untyped_storage().data_ptr() for piece in engine.pieces}
+    parts = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    return all(part.untyped_storage().data_ptr() in masters for part in parts)
 
 
 def measured_parameters(engine: Engine) -> int:
@@ -242,7 +261,6 @@ class FirstStep:
     _hook: Any = None
 
     def __post_init__(self) -> None:
-        self.measured.parameters = measured_parameters(self.engine)
         self._hook = self.engine.optimizer.register_step_pre_hook(self._see)
 
     def _see(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -270,6 +288,7 @@ class FirstStep:
             f"backward made gradients of norm {self.norm_made:.6g} but the optimizer was given {given:.6g}: they were "
             "clipped or scaled on the way",
         )
+        self.measured.parameters = measured_parameters(self.engine)
         state = [v for s in self.engine.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         self.measured.state = storage_bytes(state)
         expected = expected_bytes(self.engine, self.momentum)
@@ -311,7 +330,10 @@ def table(engine: Engine, first: FirstStep, rows: list[tuple[str, str]]) -> str:
     lines = [
         ("engine", f"{engine.strategy.engine} ({wrapper_of(engine.model)})"),
         ("ranks", f"{engine.world}"),
-        ("device", f"{engine.device.type} ({dist.get_backend() if dist.is_initialized() else 'one process'})"),
+        (
+            "device",
+            f"{engine.device.type} ({dist.get_backend() if dist.is_initialized() else 'one process'})",
+        ),
         ("precision", f"{engine.precision}, fp32 masters"),
         ("optimizer", type(engine.optimizer).__name__),
         ("clipping", clip),

@@ -50,9 +50,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
     `head.conv.*` for BiT; for timm models the layer that timm itself names; () for any other network.
     """
-    prefixes: Any = (
-        "head.conv" if isinstance(model, BiT) else getattr(model, "pretrained_cfg", {}).get("classifier")
-    )
+    prefixes: Any = "head.conv" if isinstance(model, BiT) else getattr(model, "pretrained_cfg", {}).get("classifier")
     if isinstance(prefixes, str):
         prefixes = (prefixes,)
     starts = tuple(f"{prefix}." for prefix in prefixes or ())
@@ -73,9 +71,7 @@ def _create_timm(name: str, num_classes: int, in_channels: int, options: dict[st
         ) from None
     # is_model looks into the registry; names such as hf-hub:... would download, so they are unknown here.
     if not timm.is_model(name):
-        raise ValueError(
-            f"Unknown model {name!r}: did you mean {_nearest(name, known + timm.list_models())}?"
-        )
+        raise ValueError(f"Unknown model {name!r}: did you mean {_nearest(name, known + timm.list_models())}?")
     if options.get("pretrained"):
         raise ValueError(f"Model {name}: pretrained weights are not downloaded; load a file instead.")
     try:

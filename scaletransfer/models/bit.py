@@ -152,9 +152,7 @@ class BiT(nn.Module):
             units = nn.Sequential()
             for unit in range(1, count + 1):
                 stride = 2 if unit == 1 and block > 1 else 1
-                units.add_module(
-                    f"unit{unit:02d}", PreActBottleneck(c_in, c_out, stride=stride, ws_eps=ws_eps)
-                )
+                units.add_module(f"unit{unit:02d}", PreActBottleneck(c_in, c_out, stride=stride, ws_eps=ws_eps))
                 c_in = c_out
             self.body.add_module(f"block{block}", units)
         self.head = nn.Sequential(
@@ -174,8 +172,7 @@ class BiT(nn.Module):
         if x.shape[1] != self.in_channels:
             if x.shape[1] != 1:
                 raise ValueError(
-                    f"{self.architecture.name} takes images of {self.in_channels} channels (or 1), "
-                    f"not {x.shape[1]}."
+                    f"{self.architecture.name} takes images of {self.in_channels} channels (or 1), not {x.shape[1]}."
                 )
             x = x.expand(-1, self.in_channels, -1, -1)
         x = self.head(self.body(self.root(x)))

@@ -23,9 +23,7 @@ _BUFFERS: dict[str, tuple[float, torch.dtype]] = {
 }
 
 
-def initial_value(
-    name: str, shape: Sequence[int], kind: str, seed: int, *, fan_in: int | None = None
-) -> Tensor:
+def initial_value(name: str, shape: Sequence[int], kind: str, seed: int, *, fan_in: int | None = None) -> Tensor:
     """The initial CPU float32 tensor of `shape` for the parameter `name`.
 
     kind "uniform" draws from +-1/sqrt(fan_in) like PyTorch's convolutions and linear layers (`fan_in`:
@@ -36,9 +34,7 @@ def initial_value(
     if kind == "uniform":
         if fan_in is None:
             if len(shape) < 2:
-                raise ValueError(
-                    f"The uniform initial value of {name} needs fan_in, as its shape is {tuple(shape)}."
-                )
+                raise ValueError(f"The uniform initial value of {name} needs fan_in, as its shape is {tuple(shape)}.")
             fan_in = math.prod(shape[1:])
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little"))

@@ -47,9 +47,7 @@ def load_pretrained(path: str | Path, *, model_name: str | None = None) -> tuple
     elif file.suffix in _PICKLES:
         state, meta = _load_torch(file)
     else:
-        raise ValueError(
-            f"{file}: unknown kind of checkpoint; known are .safetensors, .npz and {', '.join(_PICKLES)}."
-        )
+        raise ValueError(f"{file}: unknown kind of checkpoint; known are .safetensors, .npz and {', '.join(_PICKLES)}.")
     found = meta.get("model")
     if model_name is not None and isinstance(found, str) and found != model_name:
         raise ValueError(f"{file} holds {found}, but {model_name} was asked for.")
@@ -85,12 +83,7 @@ def load_into(model: nn.Module, state: StateDict, head: Literal["strict", "repla
         problems.append(f"wrong shape of {_some(differing)}")
     if problems:
         hint = ""
-        if (
-            head == "strict"
-            and differing
-            and classifier
-            and all(text.startswith(classifier) for text in differing)
-        ):
+        if head == "strict" and differing and classifier and all(text.startswith(classifier) for text in differing):
             hint = " (head='replace' keeps a new head for another number of classes)"
         raise ValueError(f"The checkpoint does not fit the model: {'; '.join(problems)}{hint}.")
     with torch.no_grad():
@@ -136,9 +129,7 @@ def _to_timm_name(name: str) -> str:
 def _from_timm_name(name: str) -> str:
     if name in _OURS:
         return _OURS[name]
-    match = re.fullmatch(
-        r"stages\.(\d)\.blocks\.(\d+)\.(norm\d|conv\d|downsample\.conv)\.(weight|bias)", name
-    )
+    match = re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(norm\d|conv\d|downsample\.conv)\.(weight|bias)", name)
     if match is None:
         raise ValueError(f"{name} is not the name of a tensor of timm's resnetv2_*_bit.")
     part = "downsample" if match[3] == "downsample.conv" else match[3].replace("norm", "gn")
@@ -153,9 +144,7 @@ def _locate(path: Path) -> Path:
         found = sorted(path.glob("*.npz"))
         if len(found) == 1:
             return found[0]
-        raise ValueError(
-            f"{path} holds no model.safetensors, no model.pth.tar and not exactly one .npz file."
-        )
+        raise ValueError(f"{path} holds no model.safetensors, no model.pth.tar and not exactly one .npz file.")
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint.")
     return path
@@ -200,13 +189,9 @@ def _load_torch(file: Path) -> tuple[StateDict, dict[str, Any]]:
         state = content["model"]
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file} holds neither a state_dict nor a dict with the entry 'model'.")
-    strange = [
-        name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
+    strange = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if strange:
-        raise ValueError(
-            f"{file}: the entries {_some([str(s) for s in strange])} of its state_dict are not tensors."
-        )
+        raise ValueError(f"{file}: the entries {_some([str(s) for s in strange])} of its state_dict are not tensors.")
     # DistributedDataParallel leaves its prefix on every name.
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}

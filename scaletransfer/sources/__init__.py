@@ -26,9 +26,7 @@ SOURCES: dict[str, tuple[str, str]] = {
 def source_class(name: str) -> type[Source]:
     """The class of the source `name`. Raises ValueError, with the nearest name, if there is none."""
     if name not in SOURCES:
-        raise ValueError(
-            f"There is no source {name!r}{nearest(name, SOURCES)}; sources are {', '.join(SOURCES)}."
-        )
+        raise ValueError(f"There is no source {name!r}{nearest(name, SOURCES)}; sources are {', '.join(SOURCES)}.")
     module, attribute = SOURCES[name]
     found = getattr(importlib.import_module(module), attribute)
     assert issubclass(found, Source) and found.name == name

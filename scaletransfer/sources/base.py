@@ -58,9 +58,7 @@ class Source(ABC):
         self.root = Path(root).expanduser()
         self.skipped = []
         if not self.root.is_dir():
-            raise ValueError(
-                f"The root of {self.name}, {self.root}, is not a folder; give the data set's by --root."
-            )
+            raise ValueError(f"The root of {self.name}, {self.root}, is not a folder; give the data set's by --root.")
 
     @abstractmethod
     def __iter__(self) -> Iterator[Record]:
@@ -81,8 +79,7 @@ def parse_views(views: str | Iterable[str] | None) -> frozenset[str] | None:
     for name in names:
         if name not in VIEWS:
             raise ValueError(
-                f"There is no view {name!r}; "
-                f"views are {', '.join(VIEWS)}, or all on its own{nearest(name, VIEWS)}."
+                f"There is no view {name!r}; views are {', '.join(VIEWS)}, or all on its own{nearest(name, VIEWS)}."
             )
     return frozenset(names)
 

@@ -44,9 +44,7 @@ class CheXpert(Source):
     licence = "Stanford University Dataset Research Use Agreement (no commercial use, no redistribution)"
     public = False
 
-    def __init__(
-        self, root: str | os.PathLike[str], *, views: str | Iterable[str] | None = DEFAULT_VIEWS
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, views: str | Iterable[str] | None = DEFAULT_VIEWS) -> None:
         super().__init__(root)
         self.label_names = CHEXPERT_RAW
         self.views = parse_views(views)
@@ -89,9 +87,7 @@ class CheXpert(Source):
             )
         if not kept:
             wanted = ", ".join(sorted(self.views)) if self.views is not None else "all"
-            raise ValueError(
-                f"{self.tables['train']} has no row with the views {wanted}; choose others by --views."
-            )
+            raise ValueError(f"{self.tables['train']} has no row with the views {wanted}; choose others by --views.")
 
     def _rows(self, split: str, table: Path) -> Iterator[tuple[int, Record]]:
         """(line number, record) of every row of one table, whatever its view."""
@@ -107,8 +103,7 @@ class CheXpert(Source):
             for line, row in reader:
                 if len(row) != len(header):
                     raise ValueError(
-                        f"{table}, line {line}: "
-                        f"the row has {len(row)} cells, the header {len(header)}; mend the row."
+                        f"{table}, line {line}: the row has {len(row)} cells, the header {len(header)}; mend the row."
                     )
                 cells = cells_of(row)
                 labels = known.get(cells)
@@ -181,9 +176,7 @@ def _header(table: Path, reader: Iterator[tuple[int, list[str]]]) -> list[str]:
 def _state(table: Path, line: int, column: str, cell: str) -> int:
     state = _STATES.get(cell.strip())
     if state is None:
-        raise ValueError(
-            f"{table}, line {line}, column {column!r}: {cell!r} is no label; cells are 1, 0, -1 or blank."
-        )
+        raise ValueError(f"{table}, line {line}, column {column!r}: {cell!r} is no label; cells are 1, 0, -1 or blank.")
     return state
 
 
@@ -207,6 +200,5 @@ def _view(table: Path, line: int, side: str, view: str) -> str:
     if side == "Frontal":
         return view.strip()
     raise ValueError(
-        f"{table}, line {line}, column 'Frontal/Lateral': "
-        f"{side!r} is neither Frontal nor Lateral; mend the cell."
+        f"{table}, line {line}, column 'Frontal/Lateral': {side!r} is neither Frontal nor Lateral; mend the cell."
     )

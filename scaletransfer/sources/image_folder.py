@@ -36,19 +36,14 @@ class ImageFolder(Source):
 
     def __init__(self, root: str | os.PathLike[str], *, valid_share: float = 0.0, seed: int = 0) -> None:
         super().__init__(root)
-        if (
-            isinstance(valid_share, bool)
-            or not isinstance(valid_share, (int, float))
-            or not 0 <= valid_share < 1
-        ):
+        if isinstance(valid_share, bool) or not isinstance(valid_share, (int, float)) or not 0 <= valid_share < 1:
             raise ValueError(f"valid_share must be a number from 0 to below 1, not {valid_share!r}.")
         self.valid_share, self.seed = float(valid_share), seed
         self._ignored: list[str] = []
         self._splits = self._find_splits()
         if self.valid_share and "valid" in self._splits:
             raise ValueError(
-                f"{self._splits['valid']} is the validation split already; "
-                "leave valid_share out or remove the folder."
+                f"{self._splits['valid']} is the validation split already; leave valid_share out or remove the folder."
             )
         self._classes = {split: self._find_classes(folder) for split, folder in self._splits.items()}
         self.label_names = tuple(self._classes["train"])
@@ -87,9 +82,7 @@ class ImageFolder(Source):
             raise ValueError(f"{self.root} holds both {valid[0]} and {valid[1]}; keep one validation folder.")
         if not (self.root / "train").is_dir():
             for name in valid:
-                raise ValueError(
-                    f"{self.root} holds {name} but no train folder; put the training classes into train."
-                )
+                raise ValueError(f"{self.root} holds {name} but no train folder; put the training classes into train.")
             return {"train": self.root}
         folders = {"train": "train", "valid": valid[0] if valid else "valid", "test": "test"}
         for entry in sorted(os.listdir(self.root)):
@@ -128,9 +121,7 @@ class ImageFolder(Source):
             return set()
         draws = {image: _uniform(self.seed, image) for image in images}
         chosen = {image for image in images if draws[image] < self.valid_share}
-        return (
-            chosen - {max(images, key=lambda image: draws[image])} if len(chosen) == len(images) else chosen
-        )
+        return chosen - {max(images, key=lambda image: draws[image])} if len(chosen) == len(images) else chosen
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
