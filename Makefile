@@ -26,7 +26,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## synthetic data -> shards -> pre-training on two processes -> export, on any machine
-	bash tools/demo.sh
+	$(BIN)/python tools/demo.py
 
 test: install ## the tests, two-process engine tests included
 	$(BIN)/python -m pytest -m "not slow and not soak"

@@ -6,14 +6,16 @@ imported at the top, so every module may use `run_command`.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -77,6 +79,39 @@ def _dispatch(argv: Sequence[str]) -> int:
     return status
 
 
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose errors are ValueErrors with the nearest name, so that a command prints them as one line.
+
+    Options are written out in full: an abbreviation would change its meaning when an option is added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        if "--" not in given and not self._subparsers:
+            # before argparse, which names what is missing first and so hides the misspelt option that it was
+            known = [flag for action in self._actions for flag in action.option_strings]
+            for option in (text.split("=")[0] for text in given if text.startswith("--")):
+                if option not in known:
+                    raise ValueError(f"there is no option {option}{_nearest(option, known)} (see {self.prog} --help)")
+        return super().parse_known_args(given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.fullmatch(r"(?s)(.*)invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
+        if choice:
+            known = [word.strip(" '\"") for word in choice[3].split(",")]
+            message = f"{choice[1]}there is no {choice[2]!r}{_nearest(choice[2], known)}; there are {', '.join(known)}"
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)` (default: the process's arguments) and return the exit status for it.
 
@@ -101,6 +136,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         if os.environ.get("SCALETRANSFER_TRACEBACK", "") not in ("", "0"):
             traceback.print_exc()
         _wait_for_rank0()
+        if _rank() and os.environ.get("WORLD_SIZE", "1") != "1":
+            print(file=sys.stderr)  # rank 0's progress bar stands on the line that this rank writes to
         print(f"error: {_rank()}{_sentence(error)}", file=sys.stderr)
         return 2
 
@@ -116,7 +153,7 @@ def _sentence(error: Exception) -> str:
 def _wait_for_rank0() -> None:
     """What rank 0 refuses, all ranks refuse: its launcher then ends the others before they repeat the sentence."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(10)  # as long as a busy machine needs to end a process that has imported torch
 
 
 def _rank() -> str:

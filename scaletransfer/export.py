@@ -6,7 +6,6 @@ of its live memory when it saved, once when it is read and once more in the fini
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -15,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from scaletransfer.cli import CommandParser
 from scaletransfer.engine.checkpoint import Checkpoint, find_latest, open_checkpoint
 
 FORMAT_VERSION = 1
@@ -72,6 +72,9 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
     Raises:
         ValueError: ``to`` holds something already, or bytes that differ from what the training process had.
     """
+    to = Path(os.path.abspath(to))  # "." has no name to put a temporary folder beside
+    if to.exists() and not to.is_dir():
+        raise ValueError(f"{to} is a file: give a folder to --to")
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty: give another folder to --to, or remove it first")
     temporary = to.with_name(f".{to.name}.tmp")
@@ -80,7 +83,11 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
     try:
         path = temporary / "model.safetensors"
         names = [name for name in checkpoint.parts if name.startswith("model.")]
-        save_file({name.removeprefix("model."): checkpoint.read(name) for name in names}, path)
+        state = {name.removeprefix("model."): checkpoint.read(name) for name in names}
+        try:
+            save_file(state, path)
+        except SafetensorError as error:  # what its writer makes of a full disk
+            raise OSError(f"{to / path.name} cannot be written ({error}): nothing was exported") from error
         prove(checkpoint, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         text = json.dumps(describe(checkpoint, digest), indent=1) + "\n"
@@ -113,7 +120,7 @@ def prove(checkpoint: Checkpoint, path: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises ValueError for what a person can mend."""
-    parser = argparse.ArgumentParser(prog="scaletransfer export", description=__doc__)
+    parser = CommandParser(prog="scaletransfer export", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder, for example runs/chexpert_bit50x1")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; pretrained_models/<name> is usual")
     parser.add_argument("--which", default="latest", help="latest (default), best, or a step number")

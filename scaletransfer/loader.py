@@ -29,6 +29,7 @@ from scaletransfer.transforms import seeded
 
 Batch = dict[str, Tensor]
 _OPEN_FILES = 64
+_TAR_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +190,23 @@ class ShardDataset(Dataset[Batch]):
         entry = source.index.table(source.split)[row]
         path = str(source.index.path(source.split, int(entry["shard"])))
         offset, size = int(entry["offset"]), int(entry["size"])
-        data = self.reader.read(path, offset, size)
+        # The tar header before the image names the sample: another data set's shard may well have the same size.
+        header = 0 if source.index.in_memory else _TAR_BLOCK
+        data = self.reader.read(path, offset - header, size + header)
+        if header:
+            wanted = f"{source.index.keys(source.split, [row])[0]}.{source.index.image.extension}"
+            if data[:100].split(b"\0", 1)[0] != wanted.encode():
+                raise ValueError(
+                    f"{path} does not hold {wanted} at offset {offset}: it is the shard of another data set, or was "
+                    "changed; make the folder again with make_shards --overwrite"
+                )
+            data = data[header:]
         try:
             decoded = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=self.mode)
         except RuntimeError as error:
             key = source.index.keys(source.split, [row])[0]
             raise ValueError(
-                f"image {key} in {path} at offset {offset} cannot be decoded ({str(error).splitlines()[0]}): the shard "
+                f"image {key} in {path} at offset {offset} cannot be decoded ({_reason(error)}): the shard "
                 "is damaged, check it with `scaletransfer shards verify`"
             ) from error
         with seeded(sample_seed(self.seed, position)):
@@ -272,3 +283,8 @@ def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
 def _finished(batch: Any) -> Any:
     """``__getitems__`` has already made the batch."""
     return batch
+
+
+def _reason(error: RuntimeError) -> str:
+    """The decoder's own words without the line of its source file that it puts before them."""
+    return str(error).splitlines()[0].split(".cpp:")[-1].split(", ", 1)[-1].split(". ")[0].rstrip(".")

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scaletransfer import keys
+from scaletransfer.cli import CommandParser
 from scaletransfer.listing import LABEL_MODES, write_listing
 from scaletransfer.shard_plan import FirstRecords, check_images
 from scaletransfer.shards import BuildReport, Encoding, build, describe, plan_shards
@@ -104,11 +105,10 @@ def _recorded(source: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="make_shards",
         description="Turn a data set in its official layout into a folder of shards (format: "
         "shards/README.md). A build that was interrupted continues when the same command is given again.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help=f"the data set: {', '.join(SOURCES)}")

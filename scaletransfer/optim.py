@@ -144,6 +144,7 @@ class SGD_AGC(torch.optim.Optimizer):
             "eps": eps,
         }
         self._layout: dict[int, Sequence[Segment]] = {}
+        self._own: set[int] = set()  # ids of the tensors it was given: an engine may step others in their place
         self._group: dist.ProcessGroup | None = None
         self._stats: list[ClipStats] = []
         super().__init__(params, defaults)
@@ -158,6 +159,7 @@ class SGD_AGC(torch.optim.Optimizer):
         if merged["nesterov"] and (merged["momentum"] <= 0 or merged["dampening"] != 0):
             raise ValueError("SGD_AGC nesterov needs momentum above 0 and no dampening")
         super().add_param_group(param_group)
+        self._own.update(id(p) for p in self.param_groups[-1]["params"])
 
     def set_layout(self, layout: dict[Tensor, Sequence[Segment]], group: dist.ProcessGroup | None) -> None:
         """Says what the tensors that this optimizer steps are made of.
@@ -212,9 +214,9 @@ class SGD_AGC(torch.optim.Optimizer):
         known = self._layout.get(id(tensor))
         if known is not None:
             return known
-        if isinstance(tensor, DTensor) or self._layout:
+        if isinstance(tensor, DTensor) or self._layout or id(tensor) not in self._own:
             raise ValueError(
-                "SGD_AGC holds a sharded tensor of unknown layout: call set_layout after the engine has sharded it"
+                "SGD_AGC steps a sharded or flat tensor of unknown layout: call set_layout once the engine has sharded"
             )
         return [Segment(tuple(tensor.shape), 0, tensor.numel(), 0)]
 

@@ -5,7 +5,6 @@ The Python side of making them is here too: `plan_shards(open_source(...), salt)
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from scaletransfer.cli import CommandParser
 from scaletransfer.files import json_bytes
 from scaletransfer.index import ShardIndex, load_index
 from scaletransfer.sample_table import count_patients, label_totals
@@ -105,7 +105,7 @@ def describe(index: ShardIndex) -> str:
 
 def shards_main(argv: Sequence[str]) -> int:
     """`scaletransfer shards verify|info DIR ...`; exit status 1 if a folder has problems."""
-    parser = argparse.ArgumentParser(prog="scaletransfer shards", description="Look at folders of shards.")
+    parser = CommandParser(prog="scaletransfer shards", description="Look at folders of shards.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("verify", "compare every file, member and label with the index"),

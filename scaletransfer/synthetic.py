@@ -7,7 +7,6 @@ are; the pictures are drawn (`synthetic_render`) and show what the labels say.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import multiprocessing
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from scaletransfer.cli import CommandParser
 from scaletransfer.synthetic_findings import CHEXPERT_EFFECTS
 from scaletransfer.synthetic_render import render
 from scaletransfer.synthetic_rows import HEADER, Row, choose, draw_rows, known, read_rows, real_table, truth
@@ -93,7 +93,7 @@ def synthetic_chexpert(
 def main(argv: Sequence[str]) -> int:
     """The command: `argv` is what follows `scaletransfer synthetic`. Returns 0; user errors are
     ValueErrors."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="scaletransfer synthetic",
         description="Draw a data set in an official layout, for trying the project without any data.",
     )

@@ -33,6 +33,8 @@ class ModelConfig:
     init_from: str | None = None
     """A checkpoint to start from: an exported folder, a published .pth.tar, .npz or .safetensors. null: drawn
     from the seed and the tensors' names."""
+    new_head: bool = False
+    """Draw the classifier anew where init_from brings one, as other classes need it."""
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "model.name", self.name, "the name of a network, such as BiT-S-R50x1")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaletransfer.config import PretrainConfig, accumulation, to_yaml
+from scaletransfer.config import ModelConfig, PretrainConfig, accumulation, to_yaml
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
+from scaletransfer.engine.runlog import check_writable, claim
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.trainer import Trainer
 from scaletransfer.index import ShardIndex, load_index
-from scaletransfer.labels import LabelPolicy
+from scaletransfer.labels import LabelPolicy, vocabulary
 from scaletransfer.loader import ShardDataset, Source, target_names
 from scaletransfer.losses import make_loss
 from scaletransfer.models import PreActBottleneck, create_model, head_names, initial_tensors
 from scaletransfer.models.weights import load_pretrained
 from scaletransfer.optim import SGD_AGC, split_head
 from scaletransfer.order import ORDER_VERSION, Order
-from scaletransfer.schedules import Schedule
+from scaletransfer.schedules import Schedule, lr_at
 from scaletransfer.transforms import Normalizer, TransformOptions, build_transform
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "sgd_agc": SGD_AGC}
@@ -61,6 +63,7 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
             hint = " (set validate.every_epochs=null to train without validation)" if (index, split) in valid else ""
             raise ValueError(f"{index.folder} has no split {split!r}, only {', '.join(index.splits)}{hint}")
     names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
+    check_validates([index for index, _ in valid], train[0][0], rules, names)
     depths = {index.image.bit_depth for index, _ in [*train, *valid]}
     if len(depths) > 1:
         raise ValueError(
@@ -84,6 +87,26 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
         return ShardDataset(chosen, order, transform, 1 if data.transform == "xray" else 3, cfg.seed)
 
     return dataset(train, True), dataset(valid, False) if valid else None, names
+
+
+def check_validates(valid: Sequence[ShardIndex], train: ShardIndex, rules: LabelPolicy, names: Sequence[str]) -> None:
+    """ValueError where a validation folder's labels are not those that the network is trained on.
+
+    Raw labels are numbers: validated on the shards of another data set, they would silently mean something else.
+    """
+    for index in valid:
+        if index.task != train.task:
+            raise ValueError(f"data.valid {index.folder} is {index.task} but data.train {train.folder} is {train.task}")
+        own = tuple(index.label_names)
+        if index.task == "multiclass" and own != tuple(names):
+            raise ValueError(
+                f"data.valid {index.folder} has {len(own)} classes that are not the {len(names)} of data.train "
+                f"{train.folder} in the same order: validate on shards of the same data set"
+            )
+        if index.task == "multilabel" and not set(names) & set(vocabulary(index.source, rules, own)):
+            raise ValueError(
+                f"data.valid {index.folder} has none of the findings that are trained: choose another folder"
+            )
 
 
 def make_network(cfg: PretrainConfig, classes: int) -> nn.Module:
@@ -129,8 +152,14 @@ def _head(network: nn.Module) -> tuple[str, str | None]:
     return weights[0], biases[0] if biases else None
 
 
-def starting_values(cfg: PretrainConfig, found: Checkpoint | None) -> Callable[[nn.Module], Values]:
-    """Where each tensor's values come from: the checkpoint, ``model.init_from``, or the seed."""
+def starting_values(
+    cfg: PretrainConfig, found: Checkpoint | None, names: Sequence[str]
+) -> Callable[[nn.Module], Values]:
+    """Where each tensor's values come from: the checkpoint, ``model.init_from``, or the seed.
+
+    Args:
+        names: of the outputs. A head from ``model.init_from`` must have as many, and the same where it names its own.
+    """
 
     def values(skeleton: nn.Module) -> Values:
         if found is not None:
@@ -140,20 +169,34 @@ def starting_values(cfg: PretrainConfig, found: Checkpoint | None) -> Callable[[
         drawn = initial_tensors(skeleton, cfg.seed)
         if cfg.model.init_from is None:
             return drawn
-        state, _ = load_pretrained(cfg.model.init_from, model_name=cfg.model.name)
-        return _pretrained(cfg.model.init_from, skeleton, state, drawn)
+        state, meta = load_pretrained(cfg.model.init_from, model_name=cfg.model.name)
+        return _pretrained(cfg.model, skeleton, state, drawn, names, meta.get("label_names"))
 
     return values
 
 
-def _pretrained(path: str, skeleton: nn.Module, state: dict[str, Tensor], drawn: Values) -> Values:
-    head = set(head_names(skeleton))
-    own = skeleton.state_dict()
-    fits = all(name in state and state[name].shape == own[name].shape for name in head)
-    used = {name for name in own if fits or name not in head}
+def _pretrained(
+    cfg: ModelConfig, skeleton: nn.Module, state: dict[str, Tensor], drawn: Values, names: Sequence[str], theirs: Any
+) -> Values:
+    own, head = skeleton.state_dict(), set(head_names(skeleton))
+    used = {name for name in own if not (cfg.new_head and name in head)}
     odd = sorted(n for n in used if n not in state or state[n].shape != own[n].shape)
+    if odd and set(odd) <= head:
+        found = state[odd[0]].shape[0] if odd[0] in state else "no"
+        raise ValueError(
+            f"model.init_from {cfg.init_from} has a head of {found} classes but this run has {len(names)}: set "
+            "model.new_head=true to draw a new one"
+        )
     if odd:
-        raise ValueError(f"model.init_from {path} does not fit the model: {len(odd)} tensors differ, first {odd[0]}")
+        raise ValueError(
+            f"model.init_from {cfg.init_from} does not fit {cfg.name}: {len(odd)} tensors differ, first {odd[0]}; set "
+            "model.name to the network of that checkpoint"
+        )
+    if theirs is not None and not cfg.new_head and list(theirs) != list(names):
+        raise ValueError(
+            f"model.init_from {cfg.init_from} has the label names {_short(theirs)} but this run {_short(list(names))}: "
+            "its head means something else; set model.new_head=true to draw a new one"
+        )
     return lambda name: state[name].float() if name in used else drawn(name)
 
 
@@ -172,13 +215,18 @@ def run_facts(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) 
             "per_label": dict(data.policy.per_label),
         },
         "normalisation": {"mean": data.mean, "std": data.std, "pixel_max": pixel_max(train)},
-        "transform": {"kind": data.transform, "size": data.image_size, "augmentation": data.augment_protocol},
+        "transform": {
+            "kind": data.transform,
+            "size": data.image_size,
+            "augmentation": data.augment_protocol,
+            "rand_augment": data.rand_augment,
+        },
         "seed": cfg.seed,
         "global_batch": cfg.global_batch,
         "order_version": ORDER_VERSION,
-        "samples_per_epoch": train.order.samples_per_epoch,
         "data": [{"source": s.index.source, "split": s.split, "index_sha256": s.index.digest} for s in train.sources],
         "weights": list(train.order.weights),
+        "samples_per_epoch": train.order.samples_per_epoch,
         "optimizer": cfg.optimizer.name,
     }
 
@@ -229,6 +277,25 @@ def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> N
     (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
 
 
+def say_changes(path: Path, cfg: PretrainConfig) -> None:
+    """Name the settings in which a resumed run differs from how it ran before; those of ``run_facts`` may not."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    after = to_yaml(cfg).splitlines()
+    for line in difflib.unified_diff(before, after, lineterm="", n=0):
+        if line[:1] in "+-" and line[:3] not in ("+++", "---"):
+            print(f"note: changed since the run last started: {line}")
+
+
+def check_same_start(engine: Engine, step: int) -> None:
+    """ValueError unless all ranks found the same checkpoint. All ranks call this."""
+    total = int(engine.sum_over_ranks(torch.tensor(step, device=engine.device)))
+    if total != step * engine.world:
+        raise ValueError(
+            f"rank {engine.rank} found a checkpoint of step {step}, other ranks another one: the shared file system lags "
+            "behind; start again in a minute"
+        )
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -255,24 +322,36 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
     total = total if cfg.max_steps is None else min(total, cfg.max_steps)
     folder = Path(cfg.run_dir) / cfg.name
     facts = run_facts(cfg, train, names)
+    schedule = make_schedule(cfg)
+    lr_at(schedule, 0, train.order.samples_per_epoch, cfg.global_batch)  # a schedule that cannot be is refused here
+    check_writable(folder)
     latest = checkpoints.find_latest(folder / "checkpoints")
     found = None if latest is None else checkpoints.open_checkpoint(latest)
     if found is not None:
         check_continues(found, facts)
-    if strategy.rank == 0:
-        write_run_folder(folder, cfg, strategy)
     engine = build_engine(
         strategy,
         lambda: make_network(cfg, len(names)),
-        starting_values(cfg, found),
+        starting_values(cfg, found, names),
         lambda network: make_optimizer(cfg, network),
         precision=resolve_precision(cfg.precision, strategy),
         micro_batch=cfg.micro_batch,
         accumulation=steps,
     )
     verify.check_built(engine, OPTIMIZERS[cfg.optimizer.name])
+    check_same_start(engine, 0 if found is None else found.step)
     if found is not None:
         checkpoints.load_momentum(engine, found)
+    held = None
+    if strategy.rank == 0:  # only now: what does not fit leaves no folder behind
+        held = claim(folder)
+        if checkpoints.find_latest(folder / "checkpoints") != latest:
+            raise ValueError(
+                f"{folder} got a checkpoint while this process started: start it again to go on from there"
+            )
+        if found is not None:
+            say_changes(folder / "config.yaml", cfg)
+        write_run_folder(folder, cfg, strategy)
     say_start(engine, found, total)
     return Trainer(
         cfg=cfg,
@@ -282,8 +361,9 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         train=train,
         valid=valid,
         normalize=Normalizer(cfg.data.mean, cfg.data.std, pixel_max(train)).to(engine.device),
-        schedule=make_schedule(cfg),
+        schedule=schedule,
         folder=folder,
+        held=held,
         facts=facts,
         start=0 if found is None else found.step,
         total=total,

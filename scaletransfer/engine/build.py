@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaletransfer.engine import pieces as pieces_module
+from scaletransfer.engine import verify
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.rehearsal import make_accelerator
 from scaletransfer.engine.strategy import Strategy
@@ -64,8 +65,17 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (batch-norm statistics of timm models; BiT has none). Not sharded by any engine."""
-        kept = set(self.module.state_dict()) if any(True for _ in self.module.buffers()) else set()
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+        return _persistent_buffers(self.module)
+
+    def average_buffers(self) -> None:
+        """Mean over the ranks of what batch norm has seen, in place. All ranks call this.
+
+        Each rank has seen other images: unaveraged, validation would mix several networks.
+        """
+        if self.world > 1:
+            for buffer in self.buffers().values():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.sum_over_ranks(buffer.float()) / self.world)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [b, classes] of normalised float images [b, c, H, W], in the engine's precision."""
@@ -136,8 +146,12 @@ def build_engine(
         values: given the network (on any device, whole shapes), the function that gives each tensor's values by name.
         make_optimizer: given the (sharded) network, the base optimizer.
         precision: "fp32" or "bf16"; micro_batch: per rank; accumulation: micro-batches a step.
+
+    Raises:
+        EngineMismatch: the processes or the wrapped network are not what was asked for.
     """
     accelerator = make_accelerator(strategy)
+    verify.check_started(strategy, accelerator)
     source: Values
     with torch.device("meta"):
         skeleton = create()  # names and whole shapes, no memory: engines that shard at birth show neither
@@ -151,6 +165,7 @@ def build_engine(
         model, module, optimizer, zero = _fsdp2(*arguments, precision)
     else:
         model, module, optimizer, zero = _replicated(*arguments)
+    verify.check_wrapped(strategy, model, module, zero, precision)
     engine = Engine(
         strategy=strategy,
         accelerator=accelerator,
@@ -181,6 +196,25 @@ def find_pieces(engine: Engine) -> list[Piece]:
     if engine.strategy.engine == "zero3":
         return pieces_module.zero3_pieces(engine.module, engine.zero, engine.rank)
     return pieces_module.plain_pieces(engine.module)
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    kept = set(module.state_dict()) if any(True for _ in module.buffers()) else set()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def _fill_lasting(module: nn.Module, create: Callable[[], nn.Module]) -> None:
+    """Gives buffers that no checkpoint holds (tables of positions in timm's networks) the values they are born with.
+
+    ``meta`` knows none, and what ``to_empty`` finds in memory would train without a word.
+    """
+    persistent = set(module.state_dict())
+    lasting = {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
+    if lasting:
+        born = dict(create().named_buffers())
+        for name, buffer in lasting.items():
+            buffer.copy_(born[name])
 
 
 @torch.no_grad()
@@ -249,6 +283,7 @@ def _fsdp2(
     module = fsdp2_prepare_model(accelerator, module)
     module.to_empty(device=accelerator.device)
     _fill(module, source)
+    _fill_lasting(module, create)
     return module, module, make_optimizer(module), None
 
 
@@ -277,7 +312,7 @@ def _deepspeed(
                 if strategy.rank == 0:
                     p.copy_(source(name))
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
+            for name, buffer in _persistent_buffers(module).items():
                 buffer.copy_(source(name))
     else:
         module = create()

@@ -41,6 +41,10 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
 def _sha256_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -91,8 +95,10 @@ def save(
     final = root / folder_name(step)
     temporary = root / f".{folder_name(step)}.tmp"
     if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in root.glob(".step-*.tmp"):  # of a process that was killed while it saved
+            shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
+    engine.average_buffers()
     engine.barrier()
     _write_rank(engine, temporary, with_momentum)
     engine.barrier()
@@ -121,9 +127,12 @@ def _write_rank(engine: Engine, folder: Path, with_momentum: bool) -> None:
             tensors[name] = array
             digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
             listing.append({"tensor": name, "start": piece.start, "stop": piece.stop, "sha256": digest})
-    path = folder / f"rank-{engine.rank:05d}.safetensors"
+    path = folder / _rank_file(engine.rank)
     # Copies: slices of one flat partition share storage, which the format does not know.
-    save_file({name: array.copy() for name, array in tensors.items()}, path)
+    try:
+        save_file({name: array.copy() for name, array in tensors.items()}, path)
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise OSError(f"{path} cannot be written ({error}): the checkpoints before it stay as they are") from error
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
     _write(path.with_suffix(".json"), json.dumps({"file_sha256": _sha256_file(path), "pieces": listing}))
@@ -132,10 +141,12 @@ def _write_rank(engine: Engine, folder: Path, with_momentum: bool) -> None:
 def _finish(engine: Engine, temporary: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
     ranks = []
     for rank in range(engine.world):
-        path = temporary / f"rank-{rank:05d}.json"
-        ranks.append({"file": f"rank-{rank:05d}.safetensors", **json.loads(path.read_text(encoding="utf-8"))})
-    kinds = sorted({entry["tensor"].split(".", 1)[0] for rank in ranks for entry in rank["pieces"]})
-    tensors = {f"{kind}.{name}": list(shape) for kind in kinds for name, shape in engine.shapes.items()}
+        path = (temporary / _rank_file(rank)).with_suffix(".json")
+        ranks.append({"file": _rank_file(rank), **json.loads(path.read_text(encoding="utf-8"))})
+    written = {entry["tensor"] for rank in ranks for entry in rank["pieces"]}
+    tensors = {f"model.{name}": list(shape) for name, shape in engine.shapes.items()}
+    # A parameter that never had a gradient has no momentum.
+    tensors |= {f"momentum.{n}": list(s) for n, s in engine.shapes.items() if f"momentum.{n}" in written}
     tensors |= {f"model.{name}": list(buffer.shape) for name, buffer in engine.buffers().items()}
     manifest = {
         "format": FORMAT,
@@ -159,10 +170,10 @@ def _finish(engine: Engine, temporary: Path, final: Path, step: int, facts: dict
 
 
 def _prune(root: Path, keep: int, newest: Path) -> None:
-    complete = sorted(p for p in root.glob("step-*") if (p / MARKER).exists())
-    for old in complete[:-keep]:
-        if old != newest:
-            shutil.rmtree(old)
+    """Keep ``newest`` and the ``keep`` - 1 before it. In ``best`` a later step may stand, left by an earlier run."""
+    others = [p for p in _complete(root) if p != newest]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        shutil.rmtree(old)
 
 
 def pieces_by_tensor(manifest: dict[str, Any], where: Path) -> dict[str, list[tuple[int, int, str, str]]]:
@@ -227,7 +238,8 @@ class Checkpoint:
                     f"{path} is not a readable safetensors file ({error}): it is damaged or something else stands in "
                     "its place; delete this checkpoint and resume from an earlier one"
                 ) from error
-            if hashlib.sha256(piece.numpy().data).hexdigest() != digest:
+            fits = piece.dtype == torch.float32 and piece.shape == (stop - start,)
+            if not fits or hashlib.sha256(piece.numpy().data).hexdigest() != digest:
                 raise ValueError(
                     f"{path}: {name} differs from what the training process saved (sha256); delete this checkpoint and "
                     "resume from an earlier one"
@@ -243,20 +255,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder} is not a complete checkpoint (no {MARKER} or manifest.json): use another one")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != marker.read_text(encoding="utf-8", errors="replace").strip():
-        raise ValueError(f"{path} does not match {MARKER}: the checkpoint is damaged, use an earlier one")
-    manifest = json.loads(data)
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{folder} is not a {FORMAT} of version {FORMAT_VERSION}: use the release that wrote it")
-    for rank in manifest["ranks"]:
-        if Path(rank["file"]).name != rank["file"]:
-            raise ValueError(f"{path} names {rank['file']!r}, which leaves the folder: refused")
-    return Checkpoint(folder, manifest, pieces_by_tensor(manifest, folder))
+        raise ValueError(
+            f"{path} does not match {MARKER}: it is damaged; delete this checkpoint and resume from an earlier one"
+        )
+    try:
+        manifest = json.loads(data)
+        if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{folder} is not a {FORMAT} of version {FORMAT_VERSION}: use the release that wrote it")
+        for number, rank in enumerate(manifest["ranks"]):
+            if rank["file"] != _rank_file(number):
+                raise ValueError(f"{path} names {rank['file']!r} where {_rank_file(number)} belongs: refused")
+        found = Checkpoint(folder, manifest, pieces_by_tensor(manifest, folder))
+        assert isinstance(found.facts, dict) and found.step >= 0
+        return found
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what a run writes ({error!r}): the checkpoint is damaged, use another"
+        ) from error
 
 
 def find_latest(root: Path) -> Path | None:
-    """The newest complete checkpoint below ``root``, or None. ``latest`` is a hint; the marker decides."""
-    complete = sorted(p for p in root.glob("step-*") if (p / MARKER).exists())
+    """The newest complete checkpoint below ``root``, or None. ``latest`` is a hint; the marker decides.
+
+    A marker over a manifest that is torn or gone was left by no kill (both are synced before the folder gets its name)
+    but by damage: ``open_checkpoint`` refuses it, rather than that a run silently starts from further back.
+    """
+    complete = _complete(root)
     return complete[-1] if complete else None
+
+
+def _complete(root: Path) -> list[Path]:
+    return sorted(p for p in root.glob("step-*") if (p / MARKER).exists())
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ def predict(engine: Engine, normalize: Callable[[Tensor], Tensor], batches: Iter
 
     All ranks must call this with the same number of equal batches (``loader.EvalSampler``).
     """
+    engine.average_buffers()
     engine.model.eval()
     logits, targets, positions = [], [], []
     for batch in batches:

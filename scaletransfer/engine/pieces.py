@@ -72,12 +72,15 @@ def zero12_pieces(module: nn.Module, zero: Any) -> list[Piece]:
     """ZeRO-1 and 2: ranges inside one flat fp32 partition per parameter group.
 
     DeepSpeed hangs the place of a parameter's fragment on the parameter (``_hp_mapping``); parameters without one have
-    nothing on this rank and are listed with an empty range, so that all ranks list the same.
+    nothing on this rank and are listed with an empty range, so that all ranks list the same. ZeRO-1 in bf16 with fp32
+    accumulation is another class in DeepSpeed (``BF16_Optimizer``) with the same partition under other names.
     """
+    bf16 = type(zero).__name__ == "BF16_Optimizer"
+    groups = zero.bf16_groups if bf16 else zero.bit16_groups
+    holders = zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
     names = {id(p): name for name, p in module.named_parameters()}
     pieces = []
-    for number, group in enumerate(zero.bit16_groups):
-        holder = zero.single_partition_of_fp32_groups[number]
+    for group, holder in zip(groups, holders, strict=True):
         for p in group:
             mapping = getattr(p, "_hp_mapping", None)
             start, stop, offset = 0, 0, 0

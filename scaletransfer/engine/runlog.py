@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
+LOCK = "lock"
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError where the run folder could not be made or written; nothing is made."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "may not be written" if nearest.is_dir() else "is a file"
+        raise ValueError(f"the run folder {folder} cannot be written ({nearest} {why}): set another run_dir or name")
+
+
+def claim(folder: Path) -> IO[str]:
+    """Make the run folder and hold it for this process; what is returned must stay open. Rank 0 calls this.
+
+    The lock is POSIX's: it belongs to the process alone (loader processes do not inherit it) and ends with it, however
+    the process ends.
+
+    Raises:
+        ValueError: another process trains in this folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = (folder / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            handle.close()
+            raise ValueError(
+                f"another process trains in {folder}: wait for it, end it, or give this run another name (name=...)"
+            ) from error
+        # Some network file systems have no locks: then nothing keeps two runs apart but the person who starts them.
+    return handle
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -45,7 +81,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
 
     def row(self, values: dict[str, Any]) -> None:

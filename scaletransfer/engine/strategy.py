@@ -56,6 +56,10 @@ def asked(env: Mapping[str, str] | None = None, cuda: bool = False) -> Strategy:
     """
     env = os.environ if env is None else env
     world = _number(env, "WORLD_SIZE", 1)
+    if _flag(env, "ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError("distributed_type is MEGATRON_LM, which is not supported: use one of the files in launch/")
+    if _flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ValueError("parallelism_config is set: hybrid sharding is not supported yet, use launch/fsdp2.yaml")
     if _flag(env, "ACCELERATE_USE_DEEPSPEED"):
         engine = _zero(env)
     elif _flag(env, "ACCELERATE_USE_FSDP"):
@@ -73,6 +77,11 @@ def asked(env: Mapping[str, str] | None = None, cuda: bool = False) -> Strategy:
 
 
 def _zero(env: Mapping[str, str]) -> str:
+    if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").strip().lower() not in ("", "none"):
+        raise ValueError(
+            "deepspeed_config_file is set: remove it, the engine owns the DeepSpeed configuration and the launch file "
+            "only chooses zero_stage"
+        )
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if stage not in ("1", "2", "3"):
         raise ValueError(f"deepspeed_config.zero_stage is {stage or 'not set'}: use launch/zero1, zero2 or zero3.yaml")
@@ -83,11 +92,6 @@ def _zero(env: Mapping[str, str]) -> str:
                 f"deepspeed_config.{name.lower()} is {device}: offload is not supported yet, because DeepSpeed then "
                 "replaces the optimizer by its own; set it to none"
             )
-    if env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").strip():
-        raise ValueError(
-            "deepspeed_config_file is set: remove it, the engine owns the DeepSpeed configuration and the launch file "
-            "only chooses zero_stage"
-        )
     return f"zero{stage}"
 
 
@@ -96,6 +100,4 @@ def _fsdp(env: Mapping[str, str]) -> str:
         raise ValueError("fsdp_config.fsdp_version is not 2: only FSDP2 is supported, use launch/fsdp2.yaml")
     if _flag(env, "FSDP_OFFLOAD_PARAMS"):
         raise ValueError("fsdp_config.fsdp_offload_params is true: offload is not supported yet, set it to false")
-    if _flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise ValueError("parallelism_config is set: hybrid sharding is not supported yet, use launch/fsdp2.yaml")
     return "fsdp2"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Trainer:
     start: int
     total: int
     best: float | None = None
+    held: IO[str] | None = None
+    """Rank 0's claim on the run folder, kept open as long as the run lives."""
     _pending: list[tuple[int, float, StepResult, Tensor]] = field(default_factory=list)
     _bytes: int = 0
     _waited: float = 0.0
@@ -164,11 +166,12 @@ class Trainer:
         words = read[:, 1].numpy().view(np.uint64)
         prefix = [chosen.index.source for chosen in self.train.sources]
         keys = "\n".join(f"{prefix[s]}-{int(w):016x}" for s, w in zip(source, words, strict=True))
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             self.log.row({"event": "not finite", "step": step, "loss": str(loss), "keys": keys.split("\n")})
             raise ValueError(
-                f"the loss of step {step} is {loss}: training has diverged; lower optimizer.base_lr, or look at the "
-                f"samples whose keys stand in {self.folder}/metrics.jsonl; the checkpoints before it are sound"
+                f"the loss of step {step} is {loss} and its gradient norm {norm}: training has diverged; "
+                "lower optimizer.base_lr, or look at the samples whose keys stand in "
+                f"{self.folder}/metrics.jsonl; the checkpoints before it are sound"
             )
         row: dict[str, Any] = {
             "step": step,
@@ -216,6 +219,7 @@ class Trainer:
             tags[f"test/average_precision_class_{number}"] = found["classes"][label]["average_precision"]
         self.log.scalars(step, tags)
         self.log.row({"event": "validation", "step": step, **found})
+        self.log.flush()  # before a checkpoint says that this step is done: a resumed run does not validate it again
         shown = "none has both outcomes" if value is None else f"{value:.4f}"
         self.log.say(f"step {step}: validation loss {found['loss']:.4f}, {name} {shown}")
         self._since += time.monotonic() - began  # images/s is that of training

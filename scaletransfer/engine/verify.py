@@ -1,25 +1,36 @@
 """What really runs, against what was asked for: live objects, storages and numbers, never configuration read back.
 
 Every known silent failure of the engines (docs/ENGINES.md) ends here in one sentence, before the second step and
-before the first checkpoint. ``check_built`` looks at a freshly built engine, ``FirstStep`` measures the first step.
+before the first checkpoint. ``check_started`` looks at the processes, ``check_wrapped`` at what the engine made of the
+network, ``check_built`` at the finished engine, ``FirstStep`` measures the first step.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scaletransfer.engine.build import Engine
-from scaletransfer.engine.pieces import shard_rows
+from scaletransfer.engine.holdings import (
+    ZERO1_BF16,
+    Bytes,
+    expected_bytes,
+    measured_gradients,
+    measured_parameters,
+    storage_bytes,
+    within,
+)
+from scaletransfer.engine.strategy import Strategy
 from scaletransfer.optim import flat, local
+
+if TYPE_CHECKING:
+    from scaletransfer.engine.build import Engine  # which calls the first two checks below
 
 
 class EngineMismatch(ValueError):
@@ -55,6 +66,58 @@ def wrapper_of(model: torch.nn.Module) -> str:
     return type(model).__name__
 
 
+def check_started(strategy: Strategy, accelerator: Any) -> None:
+    """Ranks, process group and accelerate's idea of itself, before anything is wrapped. All ranks must call this.
+
+    Raises:
+        EngineMismatch: every process believes that it is alone, or accelerate ignored the engine.
+    """
+    seen = (accelerator.num_processes, accelerator.process_index)
+    _must(
+        seen == (strategy.world, strategy.rank),
+        f"the launcher started process {strategy.rank} of {strategy.world} but accelerate believes that this is "
+        f"process {seen[1]} of {seen[0]}: every process would read all the data",
+    )
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    _must(
+        (world, rank) == (strategy.world, strategy.rank),
+        f"the launcher started process {strategy.rank} of {strategy.world} but the process group says {rank} of "
+        f"{world}: every process would train alone",
+    )
+    wanted = "DEEPSPEED" if strategy.deepspeed else "FSDP" if strategy.engine == "fsdp2" else None
+    found = str(accelerator.distributed_type.value)
+    _must(
+        wanted is None or found == wanted,
+        f"{strategy.engine} was asked for but accelerate runs {found}, not {wanted}: the engine was ignored",
+    )
+
+
+def zero_class(name: str, precision: str) -> str:
+    """The class of DeepSpeed's optimizer that must run: another one for ZeRO-1 in bf16 with fp32 accumulation."""
+    return ZERO1_BF16 if (name, precision) == ("zero1", "bf16") else _ZERO[name]
+
+
+def check_wrapped(strategy: Strategy, model: nn.Module, module: nn.Module, zero: Any, precision: str) -> None:
+    """What the engine made of the network.
+
+    Args:
+        model: what is called; module: the bare network inside; zero: DeepSpeed's ZeRO optimizer or None;
+        precision: "fp32" or "bf16".
+
+    Raises:
+        EngineMismatch: another wrapper runs.
+    """
+    name, wrapper, wanted = strategy.engine, wrapper_of(model), _WRAPPERS[strategy.engine]
+    if wanted:
+        _must(wrapper in wanted, f"{name} was asked for but the model runs as {wrapper}: the engine was ignored")
+    else:
+        _must(model is module, f"single was asked for but the model is wrapped as {wrapper}")
+    if strategy.deepspeed:
+        right, found = zero_class(name, precision), type(zero).__name__
+        _must(found == right, f"{name} was asked for but DeepSpeed runs {found}, not {right}")
+
+
 def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
     """Classes, ranks, masters, clipping and reduction of a freshly built engine. All ranks must call this.
 
@@ -65,12 +128,9 @@ def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
         EngineMismatch: with one sentence that says what runs instead.
     """
     name = engine.strategy.engine
-    _check_ranks(engine)
-    wrapper, wanted = wrapper_of(engine.model), _WRAPPERS[name]
-    if wanted:
-        _must(wrapper in wanted, f"{name} was asked for but the model runs as {wrapper}: the engine was ignored")
-    else:
-        _must(engine.model is engine.module, f"single was asked for but the model is wrapped as {wrapper}")
+    check_started(engine.strategy, engine.accelerator)
+    check_wrapped(engine.strategy, engine.model, engine.module, engine.zero, engine.precision)
+    _check_devices(engine)
     if engine.strategy.deepspeed:
         _check_zero(engine)
     if name == "fsdp2":
@@ -93,28 +153,11 @@ def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
         )
 
 
-def _check_ranks(engine: Engine) -> None:
+def _check_devices(engine: Engine) -> None:
     asked = engine.strategy
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    _must(
-        world == asked.world and rank == asked.rank,
-        f"the launcher started process {asked.rank} of {asked.world} but the process group says {rank} of {world}: "
-        "every process would train alone",
-    )
-    seen = (engine.accelerator.num_processes, engine.accelerator.process_index)
-    _must(
-        seen == (asked.world, asked.rank),
-        f"the launcher started process {asked.rank} of {asked.world} but accelerate believes that this is process "
-        f"{seen[1]} of {seen[0]}: every process would read all the data",
-    )
-    if world > 1:
-        counted = torch.ones((), dtype=torch.int64, device=engine.device)
-        dist.all_reduce(counted)
-        _must(
-            int(counted) == asked.world,
-            f"a sum over ranks reached {int(counted)} processes, not {asked.world}",
-        )
+    if asked.world > 1:
+        counted = engine.sum_over_ranks(torch.ones((), dtype=torch.int64, device=engine.device))
+        _must(int(counted) == asked.world, f"a sum over ranks reached {int(counted)} processes, not {asked.world}")
     wanted = "cpu" if asked.cpu else "cuda"
     found = {local(piece.holder).device.type for piece in engine.pieces}
     _must(found == {wanted}, f"parameters lie on {sorted(found)}, not on {wanted}")
@@ -122,11 +165,8 @@ def _check_ranks(engine: Engine) -> None:
 
 def _check_zero(engine: Engine) -> None:
     name, zero = engine.strategy.engine, engine.zero
-    _must(
-        type(zero).__name__ == _ZERO[name],
-        f"{name} was asked for but DeepSpeed runs {type(zero).__name__}, not {_ZERO[name]}",
-    )
-    if name != "zero3":
+    wanted = zero_class(name, engine.precision)
+    if wanted == _ZERO["zero2"]:
         _must(
             bool(zero.partition_gradients) == (name == "zero2"),
             f"{name} was asked for but gradients are {'split' if zero.partition_gradients else 'not split'} over ranks",
@@ -142,7 +182,7 @@ def _check_zero(engine: Engine) -> None:
         accumulation == engine.accumulation,
         f"DeepSpeed accumulates {accumulation} micro-batches, not {engine.accumulation}: its gradients would be off",
     )
-    dtype = getattr(zero, "communication_data_type", torch.float32)
+    dtype = (engine.model if wanted == ZERO1_BF16 else zero).communication_data_type
     _must(dtype == torch.float32, f"DeepSpeed reduces gradients in {dtype}, not float32")
 
 
@@ -165,86 +205,6 @@ def _check_fsdp2(engine: Engine) -> None:
                 )
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors: what they really hold, however many views there are."""
-    seen: dict[int, int] = {}
-    for tensor in tensors:
-        storage = local(tensor).untyped_storage()
-        if storage.nbytes():
-            seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
-
-
-@dataclass
-class Bytes:
-    """Bytes of parameters, gradients and optimizer state on one rank."""
-
-    parameters: int
-    gradients: int
-    state: int
-
-
-def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
-    """What the strategy should hold on this rank, from shapes, ranks and precision alone.
-
-    Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
-    or a rank's share with each engine's own rounding.
-    """
-    shapes, world, name = engine.shapes.values(), engine.world, engine.strategy.engine
-    whole = sum(math.prod(shape) for shape in shapes)
-    compute = 2 if engine.precision == "bf16" else 4
-    if name in ("single", "ddp"):
-        return Bytes(4 * whole, 4 * whole, 4 * whole * momentum)
-    if name == "fsdp2":
-        rows = ((shape[0], math.prod(shape[1:])) for shape in shapes)
-        share = sum(size * (shard_rows(n, world, 0)[1]) for n, size in rows)  # every rank's storage is the first's size
-        return Bytes(4 * share, 4 * share, 4 * share * momentum)
-    if name in ("zero1", "zero2"):
-        share = -(-whole // world)
-        # Gradients are views: a parameter that is cut at the end of a partition is held whole on both sides of it.
-        touched = sum(math.prod(piece.shape) for piece in engine.pieces if len(piece))
-        return Bytes(compute * whole + 4 * share, 4 * touched, 4 * share * momentum)
-    share = sum(-(-math.prod(shape) // world) for shape in shapes)
-    kept = sum(p.ds_numel for p in engine.zero.persistent_parameters)
-    return Bytes(
-        compute * (share + kept) + (0 if _shares_masters(engine) else 4 * share),
-        4 * share,
-        4 * share * momentum,
-    )
-
-
-def _shares_masters(engine: Engine) -> bool:
-    """Whether ZeRO-3's fp32 masters are the fp32 partitions themselves (releases differ)."""
-    masters = {piece.holder.untyped_storage().data_ptr() for piece in engine.pieces}
-    parts = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
-    return all(part.untyped_storage().data_ptr() in masters for part in parts)
-
-
-def measured_parameters(engine: Engine) -> int:
-    """Bytes of the storages that hold parameters and masters."""
-    tensors: list[Tensor] = [piece.holder for piece in engine.pieces]
-    if engine.strategy.engine != "fsdp2":
-        for p in engine.module.parameters():
-            tensors.append(p.data)
-            if hasattr(p, "ds_tensor"):
-                tensors.append(p.ds_tensor)
-    return storage_bytes(tensors)
-
-
-def measured_gradients(engine: Engine) -> list[Tensor]:
-    """The live gradients between the last backward and the optimizer step."""
-    held = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if engine.zero is not None:
-        for grads in engine.zero.averaged_gradients.values():
-            held += [g for g in grads or () if isinstance(g, Tensor)]
-    return held
-
-
-def within(measured: int, expected: int) -> bool:
-    """5 % and 256 KiB for alignment, padding of flat partitions and persistent scalars."""
-    return abs(measured - expected) <= 0.05 * expected + 256 * 1024
-
-
 @dataclass
 class FirstStep:
     """Measures the first step: bytes, and whether the optimizer gets the gradients that backward made.
@@ -258,10 +218,17 @@ class FirstStep:
     measured: Bytes = field(default_factory=lambda: Bytes(0, 0, 0))
     norm_made: float = 0.0
     _given: list[Tensor] = field(default_factory=list)
-    _hook: Any = None
+    _reached: set[str] = field(default_factory=set)
+    _hooks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._hook = self.engine.optimizer.register_step_pre_hook(self._see)
+        self._hooks.append(self.engine.optimizer.register_step_pre_hook(self._see))
+        if self.engine.strategy.deepspeed:
+            for name, p in self.engine.module.named_parameters():
+                self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._reach, name)))
+
+    def _reach(self, name: str, _: Tensor) -> None:
+        self._reached.add(name)
 
     def _see(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
@@ -277,11 +244,16 @@ class FirstStep:
     def after_backward(self) -> None:
         grads = measured_gradients(self.engine)
         self.measured.gradients = storage_bytes(grads)
+        if type(self.engine.zero).__name__ == ZERO1_BF16:
+            # bf16 gradients are still there beside the fp32 sums that count
+            grads = self.engine.zero.fp32_groups_gradient_flat_partition
         self.norm_made = self._norm([_square(g) for g in grads])
 
     def after_step(self) -> None:
         """Raises EngineMismatch on gradients that were changed on the way, or on bytes that the strategy denies."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._check_reached()
         given = self._norm(self._given)
         _must(
             abs(given - self.norm_made) <= 1e-3 * max(self.norm_made, 1e-12),
@@ -299,6 +271,16 @@ class FirstStep:
                 f"{self.engine.strategy.engine} on {self.engine.world} ranks should hold {wanted:,} bytes of {what} on "
                 f"rank {self.engine.rank} but holds {found:,}: what runs is not {self.engine.strategy.engine}",
             )
+
+    def _check_reached(self) -> None:
+        """ZeRO's flat partitions give a parameter without gradient zeros: it decays, elsewhere it stays as it is."""
+        decays = any(group["weight_decay"] for group in self.engine.optimizer.param_groups)
+        missed = sorted(self.engine.shapes.keys() - self._reached)
+        _must(
+            not (self.engine.strategy.deepspeed and decays and missed),
+            f"{len(missed)} parameters got no gradient, first {missed[:1]}: {self.engine.strategy.engine} would decay "
+            "them where other engines leave them alone; set optimizer.weight_decay to 0 or use another engine",
+        )
 
 
 def _square(tensor: Tensor) -> Tensor:

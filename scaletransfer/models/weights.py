@@ -207,6 +207,8 @@ def _load_npz(file: Path) -> tuple[StateDict, dict[str, Any]]:
         with np.load(file, allow_pickle=False) as arrays:
             for key in arrays.files:
                 value = arrays[key]
+                if not isinstance(value, np.ndarray):  # numpy gives any other member of the zip as bytes
+                    raise ValueError(f"the member {key!r} is no array")
                 if value.ndim == 4:
                     # TensorFlow keeps kernels as height, width, in, out.
                     value = value.transpose(3, 2, 0, 1)

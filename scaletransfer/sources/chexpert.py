@@ -65,8 +65,9 @@ class CheXpert(Source):
         patients: dict[str, set[str]] = {split: set() for split in self.tables}
         kept = 0
         for split, table in self.tables.items():
-            sign = 1 if split == "train" else -1
+            sign, empty = 1 if split == "train" else -1, True
             for line, record in self._rows(split, table):
+                empty = False
                 first = seen.setdefault(record.source_id, sign * line)
                 if first != sign * line:
                     other = self.tables["train" if first > 0 else "valid"].name
@@ -76,8 +77,10 @@ class CheXpert(Source):
                     )
                 patients[split].add(record.patient)
                 if self.views is None or record.view in self.views:
-                    kept += 1
+                    kept += split == "train"
                     yield record
+            if empty:
+                raise ValueError(f"{table} has no row below its header; download it again, or take it away.")
         shared = patients["train"] & patients.get("valid", set())
         if shared:
             raise ValueError(

@@ -1,0 +1,234 @@
+"""Acceptance: `kill -9` of a rank, the same command again, and every number is that of the run that was not killed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers_run import Launched, launch, launch_to_end, make_shards, rows, run_single, steps, write_config
+
+from scaletransfer.engine.checkpoint import find_latest, open_checkpoint
+from scaletransfer.export import main as export
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+CONFIG = """\
+seed: 3
+epochs: 3
+global_batch: 32
+micro_batch: 8
+precision: fp32
+model: {name: BiT-tiny}
+data: {image_size: 32, workers: 1, augment_protocol: corrected}
+optimizer: {name: sgd_agc, base_lr: 0.5, clipping: 0.02}
+schedule: {kind: cosine, warmup_epochs: 1}
+checkpoint: {every_steps: 4, every_minutes: null, keep: 100}
+log: {every_steps: 1, tensorboard: false}
+validate: {every_epochs: 2, batch: 8}
+"""
+STEPS_AN_EPOCH = 5
+STEPS = 3 * STEPS_AN_EPOCH
+FIRST_HARM = 9  # a run that was killed in its second checkpoint starts again from step 4 and must pass 8
+ENDS_WITHIN = 60  # seconds, from the kill to the end of the launcher
+
+
+@dataclass
+class Bench:
+    """Shards, a configuration (2 ranks x 8 images x 2 micro-batches), and the uninterrupted run of each engine."""
+
+    folder: Path
+    config: Path
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def arguments(self, name: str, *overrides: str) -> list[str]:
+        return ["--config", str(self.config), f"name={name}", *overrides]
+
+    def start(self, engine: str, name: str, *overrides: str) -> Launched:
+        return launch(engine, self.arguments(name, *overrides), self.folder)
+
+    def finish(self, engine: str, name: str, *overrides: str) -> Launched:
+        return launch_to_end(engine, self.arguments(name, *overrides), self.folder)
+
+    def whole(self, engine: str) -> Path:
+        """The run folder of the uninterrupted run, made at the first call."""
+        if not self.run(f"whole-{engine}").exists():
+            self.finish(engine, f"whole-{engine}")
+        return self.run(f"whole-{engine}")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    folder = tmp_path_factory.mktemp("resume")
+    shards = make_shards(folder, rows=STEPS_AN_EPOCH * 32 + 5, shard_size=40)
+    return Bench(folder, write_config(folder, shards, CONFIG))
+
+
+def weights(run: Path, to: Path) -> str:
+    """sha256 of the exported network."""
+    assert export([str(run), "--to", str(to)]) == 0
+    return hashlib.sha256((to / "model.safetensors").read_bytes()).hexdigest()
+
+
+def done(folder: Path) -> int:
+    """The last step in metrics.jsonl; 0 where there is none yet."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    found = re.findall(r'^{"step": (\d+)', text, flags=re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def wait_for_step(run: Launched, folder: Path, step: int) -> None:
+    while done(folder) < step:
+        assert run.process.poll() is None, run.text()
+        time.sleep(0.005)
+
+
+def kill(run: Launched, victim: int) -> None:
+    """SIGKILL one rank, which must be training: the launcher ends in time, not well, and nobody is left."""
+    process = run.ranks(2)[victim]
+    assert run.process.poll() is None, run.text()
+    os.kill(process, signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        status = run.wait(ENDS_WITHIN)
+        print(f"rank {victim} killed; the launcher ended after {time.monotonic() - began:.1f} s with {status}")
+        left = run.survivors()
+        while left and time.monotonic() - began < ENDS_WITHIN:  # loader processes look every 5 s if their parent lives
+            time.sleep(0.2)
+            left = run.survivors()
+    finally:
+        run.end()
+    assert status != 0, run.text()
+    assert not left
+
+
+def same(run: Path, whole: Path, folder: Path) -> None:
+    """Keys, losses, everything else of every step, the validations and the weights: equal to the last bit."""
+    found, expected = steps(run), steps(whole)
+    assert len(found) == len(expected) == STEPS
+    for one, two in zip(found, expected, strict=True):
+        assert one == two
+    validations = [[row for row in rows(path) if row.get("event") == "validation"] for path in (run, whole)]
+    assert validations[0] == validations[1] and [row["step"] for row in validations[0]] == [10, 15]
+    exports = folder / f"exports-{run.name}"
+    assert weights(run, exports / "a") == weights(whole, exports / "b")
+
+
+def killed_at_random(bench: Bench, engine: str, name: str, seed: int) -> None:
+    """Start a run and kill it: the rank and the moment, in epoch 2 or later, are drawn from the seed."""
+    draw = random.Random(f"{engine}/{seed}")
+    victim, step, part = draw.randrange(2), draw.randint(max(FIRST_HARM, STEPS_AN_EPOCH + 1), STEPS - 4), draw.random()
+    run = bench.start(engine, name)
+    try:
+        wait_for_step(run, bench.run(name), step - 1)
+        began = time.monotonic()
+        wait_for_step(run, bench.run(name), step)
+        delay = part * (time.monotonic() - began)
+        time.sleep(delay)
+        print(f"{engine}, seed {seed}: rank {victim} is killed {delay:.3f} s after step {step}")
+        kill(run, victim)
+    finally:
+        run.end()
+    assert STEPS_AN_EPOCH < done(bench.run(name)) < STEPS
+
+
+def resumed(bench: Bench, engine: str, name: str) -> None:
+    """The same command again goes on from the newest complete checkpoint, to the numbers of the uninterrupted run."""
+    latest = find_latest(bench.run(name) / "checkpoints")
+    assert latest is not None
+    start = open_checkpoint(latest).step
+    assert 0 < start < STEPS
+    again = bench.finish(engine, name)
+    assert f"from {latest} (step {start}) to step {STEPS}" in again.out.read_text(), again.text()
+    same(bench.run(name), bench.whole(engine), bench.folder)
+
+
+def killed_while_saving(bench: Bench, engine: str, name: str) -> None:
+    """Kill a run that hangs in the middle of its second checkpoint, everything written but the marker."""
+    run = launch(engine, ["8", *bench.arguments(name)], bench.folder, module="workers_resume.slow_save")
+    try:
+        hidden = bench.run(name) / "checkpoints" / ".step-00000008.tmp" / "manifest.json"
+        while not hidden.exists():
+            assert run.process.poll() is None, run.text()
+            time.sleep(0.01)
+        kill(run, 1)
+    finally:
+        run.end()
+    assert hidden.exists()
+    assert find_latest(bench.run(name) / "checkpoints") == bench.run(name) / "checkpoints" / "step-00000004"
+    assert (bench.run(name) / "checkpoints" / "latest").read_text() == "step-00000004\n"
+
+
+def test_fsdp2_killed_and_the_same_command_again(bench):
+    killed_at_random(bench, "fsdp2", "killed-fsdp2", seed=0)
+    resumed(bench, "fsdp2", "killed-fsdp2")
+
+
+def test_zero2_killed_while_saving_and_again_at_random(bench):
+    """Twice interrupted: in the checkpoint of step 8, which must not be used, and later at a random moment."""
+    killed_while_saving(bench, "zero2", "killed-zero2")
+    killed_at_random(bench, "zero2", "killed-zero2", seed=0)
+    assert not list((bench.run("killed-zero2") / "checkpoints").glob(".step-00000008*"))
+    resumed(bench, "zero2", "killed-zero2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_killed_at_many_moments(bench, engine, seed):
+    killed_at_random(bench, engine, f"killed-{engine}-{seed}", seed)
+    resumed(bench, engine, f"killed-{engine}-{seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3", "ddp"])
+def test_the_other_engines_killed_while_saving(bench, engine):
+    killed_while_saving(bench, engine, f"saving-{engine}")
+    resumed(bench, engine, f"saving-{engine}")
+
+
+def test_a_run_goes_on_under_another_engine_and_number_of_ranks(bench):
+    """zero2 on 2 ranks, then fsdp2 on 2, then one process: the losses of zero2 throughout."""
+    whole, moved = bench.whole("zero2"), bench.run("moved")
+    shutil.copytree(whole, moved)
+    for path in (moved / "checkpoints").glob("step-*"):
+        if open_checkpoint(path).step > 4:
+            shutil.rmtree(path)
+    second = bench.finish("fsdp2", "moved", "max_steps=9")
+    assert "fsdp2 on 2 ranks: training from" in second.out.read_text() and "(step 4)" in second.out.read_text()
+    assert open_checkpoint(moved / "checkpoints" / "step-00000009").manifest["engine"] == "fsdp2"
+    trainer = run_single(bench.config, "name=moved", "data.workers=0")
+    assert (trainer.start, trainer.engine.world, trainer.engine.accumulation) == (9, 1, 4)
+    found, expected = steps(moved), steps(whole)
+    assert len(found) == len(expected) == STEPS
+    for one, two in zip(found, expected, strict=True):
+        assert one["keys_sha256"] == two["keys_sha256"]
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    # the comparison can fail: what resuming without momentum or at other samples would do is far larger
+    assert min(abs(a["loss"] - b["loss"]) for a, b in itertools.pairwise(expected)) > 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_a_loss_that_is_not_finite_stops_all_ranks(bench, engine):
+    overrides = ["optimizer.name=sgd", "optimizer.base_lr=1e30", "schedule.warmup_epochs=0", "checkpoint.every_steps=1"]
+    run = bench.start(engine, f"diverged-{engine}", *overrides)
+    try:
+        assert run.wait() != 0
+        assert "training has diverged" in run.error()
+    finally:
+        run.end()
+    stop = rows(bench.run(f"diverged-{engine}"))[-1]
+    latest = find_latest(bench.run(f"diverged-{engine}") / "checkpoints")
+    assert stop["event"] == "not finite" and (latest is None or open_checkpoint(latest).step < stop["step"])

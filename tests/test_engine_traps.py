@@ -1,0 +1,84 @@
+"""Each silent failure of the engines, sprung on purpose: refused with one sentence, nothing trained, nothing saved."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_data import SALT, make_chexpert
+from helpers_engine import ROOT, launch
+from workers.traps import TRAPS
+
+from scaletransfer import make_shards
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+SENTENCES = {
+    "world 1": r"process \d of 2 but accelerate believes that this is process 0 of 1",
+    "ignored": "asked for but accelerate runs MULTI_CPU",
+    "not sharded": "asked for but the model runs as BiT: the engine was ignored",
+    "bare model": "asked for but the model runs as BiT: the engine was ignored",
+    "prepare makes DDP": "asked for but the model runs as DistributedDataParallel",
+    "model swapped for DDP": "asked for but the model runs as DistributedDataParallel",
+    "half masters": "bfloat16, not float32",
+    "half reduction": "reduces gradients in torch.bfloat16",
+    "clipping 1.0": "DeepSpeed clips gradients to 1.0",
+    "clipping 0 dropped": "DeepSpeed clips gradients to 1.0",
+    "another stage": "zero2 was asked for but gradients are not split",
+    "accumulation": "DeepSpeed accumulates 1 micro-batches, not 2",
+    "optimizer replaced": "DeepSpeed steps another optimizer",
+    "another optimizer class": "the optimizer that steps is SGD, not SGD_AGC",
+    "optimizer swapped": "another optimizer|the optimizer that steps is Adam, not SGD_AGC",
+    "positions": "step 0: the ranks read 4 different samples of the 8",
+    "scaled gradient": "clipped or scaled on the way",
+}
+CASES = [(engine, name) for engine, traps in TRAPS.items() for name in traps]
+
+
+@functools.cache
+def shards(folder: Path) -> Path:
+    """A small set of drawn X-rays."""
+    salt = folder / "salt"
+    salt.write_bytes(SALT)
+    root = make_chexpert(folder / "CheXpert-v1.0", rows=24, valid=0, laterals=False)
+    options = ["--root", str(root), "--out", str(folder / "shards"), "--salt-file", str(salt)]
+    assert make_shards.main(["chexpert", *options]) == 0
+    return folder / "shards"
+
+
+@functools.cache
+def sprung(engine: str, folder: Path) -> list[dict[str, Any]]:
+    """What every rank saw of all traps of an engine, and of a sound run after them (None)."""
+    options = [
+        *("--config", str(ROOT / "configs" / "parts" / "tiny.yaml"), "--config", str(ROOT / "configs" / "chexpert_tiny.yaml")),
+        *(f"data.train={shards(folder)}", "data.image_size=32", "data.workers=0", "global_batch=8", "micro_batch=2"),
+        *("max_steps=2", "checkpoint.every_steps=1", "log.every_steps=1", "validate.every_epochs=null"),
+        *("optimizer.name=sgd_agc", "precision=fp32"),
+    ]
+    return launch(engine, 2, "traps", {"engine": engine, "options": options})
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traps")
+
+
+@pytest.mark.parametrize(("engine", "name"), CASES)
+def test_a_trap_is_refused_with_one_sentence(engine: str, name: str, folder: Path) -> None:
+    for rank in sprung(engine, folder):
+        found = rank[name]
+        assert found["status"] == 2, found
+        assert len(found["error"]) == 1, found
+        assert re.search(SENTENCES[name], found["error"][0]), found
+        assert (found["saved"], found["steps"]) == ([], []), found
+
+
+@pytest.mark.parametrize("engine", list(TRAPS))
+def test_the_same_run_without_a_trap_trains_and_saves(engine: str, folder: Path) -> None:
+    for rank in sprung(engine, folder):
+        found = rank["None"]
+        assert (found["status"], found["error"]) == (0, []), found
+        assert "step-00000002" in found["saved"]
+        assert found["steps"] == [1, 2]

@@ -1,0 +1,200 @@
+"""Export of a real run: the same network, the same numbers, everything a user of it must know; complete or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_run import make_shards, rows, run_single, write_config
+from safetensors.torch import load_file, save_file
+
+from scaletransfer import labels
+from scaletransfer.cli import main as cli
+from scaletransfer.engine.checkpoint import open_checkpoint
+from scaletransfer.engine.trainer import Trainer
+from scaletransfer.export import main as export
+from scaletransfer.export import prove
+from scaletransfer.index import load_index
+from scaletransfer.models import create_model
+from scaletransfer.models.weights import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Trainer, Path]:
+    """A finished run of 8 steps, with its Trainer."""
+    base = tmp_path_factory.mktemp("export")
+    config = write_config(base, make_shards(base))
+    overrides = ["epochs=2", "validate.every_epochs=1", "data.workers=0", "data.expect_labels=null"]
+    return run_single(config, "name=tiny", *overrides), base / "runs" / "tiny"
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made[1], tmp_path / "tiny"))
+
+
+def images(trainer: Trainer) -> torch.Tensor:
+    assert trainer.valid is not None
+    return trainer.normalize(trainer.valid.__getitems__(list(range(8)))["image"])
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line on stderr of a refused `scaletransfer export`."""
+    assert cli(["export", *argv]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown
+    return shown.err
+
+
+def test_the_exported_network_gives_the_logits_of_the_training_engine(made, tmp_path):
+    trainer, run = made
+    assert export([str(run), "--to", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.json", "model.safetensors"]
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    network = create_model(facts["model"], facts["num_classes"])
+    network.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    trainer.engine.model.eval()
+    with torch.no_grad():
+        expected, found = trainer.engine.forward(images(trainer)), network.eval()(images(trainer))
+    assert expected.abs().max() > 0 and torch.equal(found, expected)
+
+
+def test_the_folder_is_what_model_init_from_reads(made, tmp_path):
+    export([str(made[1]), "--to", str(tmp_path / "out")])
+    state, _ = load_pretrained(str(tmp_path / "out"), model_name="BiT-tiny")
+    for name, tensor in made[0].engine.module.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_model_json_says_what_a_user_must_know(made, tmp_path):
+    trainer, run = made
+    export([str(run), "--to", str(tmp_path / "out")])
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert facts["format"] == "scaletransfer-model" and facts["format_version"] == 1
+    assert (facts["model"], facts["task"], facts["num_classes"]) == ("BiT-tiny", "multilabel", 13)
+    assert facts["label_names"] == list(labels.CHEXPERT_FINDINGS)
+    assert facts["policy"] == {"name": "corrected", "uncertain": "ignore", "blank": "ignore", "per_label": {}}
+    assert facts["normalisation"] == {"mean": 0.5, "std": 0.5, "pixel_max": 255}
+    assert facts["transform"]["kind"] == "xray" and facts["transform"]["size"] == 32
+    history = facts["provenance"]
+    assert (history["step"], history["samples_seen"], history["seed"], history["global_batch"]) == (8, 128, 3, 16)
+    assert (history["engine"], history["world"], history["optimizer"]) == ("single", 1, "sgd_agc")
+    index = load_index(trainer.cfg.data.valid_folders[0])
+    assert history["data"] == [{"source": "chexpert", "split": "train", "index_sha256": index.digest}]
+    path = tmp_path / "out" / "model.safetensors"
+    assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_best_is_the_checkpoint_of_the_best_validation(made, tmp_path):
+    trainer, run = made
+    validations = [row for row in rows(run) if row.get("event") == "validation"]
+    assert len(validations) == 2
+    top = max(validations, key=lambda row: (row["mean_auroc"], -row["step"]))
+    export([str(run), "--to", str(tmp_path / "best"), "--which", "best"])
+    facts = json.loads((tmp_path / "best" / "model.json").read_text())
+    assert facts["provenance"]["step"] == top["step"]
+    assert facts["provenance"]["validation"] == {"loss": top["loss"], "mean_auroc": top["mean_auroc"]}
+    assert trainer.best == top["mean_auroc"]
+    export([str(run), "--to", str(tmp_path / "same"), "--which", str(top["step"])])
+    same, best = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "best"))
+    assert same.keys() == best.keys() and all(torch.equal(same[name], best[name]) for name in same)
+    export([str(run), "--to", str(tmp_path / "other"), "--which", str(12 - top["step"])])
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert not torch.equal(other["root.conv.weight"], best["root.conv.weight"])
+
+
+def test_an_empty_target_folder_will_do(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert export([str(made[1]), "--to", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.json").exists()
+
+
+# ---- refusals
+
+
+def test_a_target_that_holds_something(made, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "is not empty" in refused(capsys, str(made[1]), "--to", str(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [("7", "not a complete checkpoint|no complete checkpoint"), ("newest", "must be latest, best or a step number")],
+)
+def test_a_checkpoint_that_is_not_there(made, tmp_path, capsys, which, words):
+    assert re.search(words, refused(capsys, str(made[1]), "--to", str(tmp_path / "out"), "--which", which))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_there(tmp_path, capsys):
+    assert "is not a run folder" in refused(capsys, str(tmp_path / "nothing"), "--to", str(tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    assert "no complete checkpoint" in refused(capsys, str(tmp_path / "empty"), "--to", str(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+WEIGHT = "model.body.block1.unit01.conv1.weight"
+
+
+def change_one_bit(path: Path, name: str) -> None:
+    """The lowest bit of one number of a tensor, in a file that stays a good safetensors file."""
+    state = load_file(path)
+    state[name].view(torch.int32)[7] ^= 1
+    save_file(state, path)
+
+
+def test_a_changed_weight_is_not_exported(run, tmp_path, capsys):
+    path = run / "checkpoints" / "step-00000008" / "rank-00000.safetensors"
+    change_one_bit(path, WEIGHT)
+    message = refused(capsys, str(run), "--to", str(tmp_path / "out"))
+    assert str(path) in message and WEIGHT in message
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny"]
+    assert export([str(run), "--to", str(tmp_path / "out"), "--which", "4"]) == 0  # an earlier one is sound
+
+
+def test_a_changed_manifest_is_not_exported(run, tmp_path, capsys):
+    path = run / "checkpoints" / "step-00000008" / "manifest.json"
+    path.write_text(path.read_text().replace("Edema", "Oedema"))
+    assert "damaged" in refused(capsys, str(run), "--to", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_finished_file_is_compared_too(made, tmp_path):
+    export([str(made[1]), "--to", str(tmp_path / "out")])
+    checkpoint = open_checkpoint(made[1] / "checkpoints" / "step-00000008")
+    path = tmp_path / "out" / "model.safetensors"
+    state = made[0].engine.module.state_dict()
+    assert prove(checkpoint, path) == len(state)
+    name = WEIGHT.removeprefix("model.")
+    written = load_file(path)
+    written[name].view(-1).view(torch.int32)[7] ^= 1
+    save_file(written, path)
+    with pytest.raises(ValueError, match=rf"{WEIGHT} differs"):
+        prove(checkpoint, path)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Writing on past 100 kB fails (EFBIG), as it does where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_leaves_nothing(made, tmp_path, capsys, small_disk):
+    message = refused(capsys, str(made[1]), "--to", str(tmp_path / "out"))
+    assert "model.safetensors" in message and "File too large" in message
+    assert not list(tmp_path.iterdir())

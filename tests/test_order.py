@@ -1,0 +1,221 @@
+"""The order of samples: a permutation or weighted draws, the same whatever the number of ranks and workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaletransfer.order import ORDER_VERSION, Order, permutation, rank_positions, raw_words, sample_seed
+
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+def epoch_of(order: Order, epoch: int) -> list[tuple[int, int]]:
+    """(source, row) of every position of an epoch."""
+    first = epoch * order.samples_per_epoch
+    source, row = order.locate(np.arange(first, first + order.samples_per_epoch))
+    return list(zip(source.tolist(), row.tolist(), strict=True))
+
+
+def plain(*sizes: int, batch: int = 4, seed: int = 0) -> Order:
+    return Order(sizes=sizes, weights=(None,) * len(sizes), seed=seed, global_batch=batch)
+
+
+def weighted(sizes: tuple[int, ...], weights: tuple[float, ...], batch: int = 4, seed: int = 0) -> Order:
+    return Order(sizes=sizes, weights=weights, seed=seed, global_batch=batch)
+
+
+# ---- without weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 30), SEEDS, st.integers(0, 5))
+def test_an_epoch_has_every_sample_once_but_for_the_last_incomplete_batch(sizes, batch, seed, epoch):
+    if sum(sizes) < batch:
+        return
+    order = plain(*sizes, batch=batch, seed=seed)
+    drawn = epoch_of(order, epoch)
+    assert len(drawn) == len(set(drawn)) == sum(sizes) // batch * batch
+    assert set(drawn) <= {(source, row) for source, size in enumerate(sizes) for row in range(size)}
+
+
+def test_epochs_and_seeds_differ_and_the_samples_left_out_change():
+    order = plain(100, 27, batch=8)
+    epochs = [epoch_of(order, number) for number in range(6)]
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    left = [{(s, r) for s, n in enumerate((100, 27)) for r in range(n)} - set(epoch) for epoch in epochs]
+    assert all(len(rest) == 7 for rest in left) and len(set(map(frozenset, left))) > 1
+    assert epoch_of(plain(100, 27, batch=8, seed=1), 0) != epochs[0]
+
+
+@given(st.integers(0, 300), SEEDS, st.integers(0, 3), st.integers(0, 3))
+def test_permutation_is_one(count, seed, epoch, stream):
+    assert sorted(permutation(seed, epoch, stream, count).tolist()) == list(range(count))
+
+
+def test_every_place_of_a_permutation_is_equally_likely():
+    # 2,000 permutations of 8: each value is expected 250 times at each place; 6 standard deviations are 89
+    drawn = np.stack([permutation(seed, 0, 0, 8) for seed in range(2000)])
+    counts = np.stack([np.bincount(drawn[:, place], minlength=8) for place in range(8)])
+    assert np.abs(counts - 250).max() < 89
+
+
+# ---- independence of ranks, micro-batches, accumulation
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 5), st.integers(0, 1000))
+def test_the_ranks_partition_every_step(world, micro, accumulation, step):
+    batch = world * micro * accumulation
+    shares = [rank_positions(step, rank, world, micro, batch) for rank in range(world)]
+    assert all(share.shape == (accumulation, micro) and share.dtype == np.int64 for share in shares)
+    together = np.concatenate([share.ravel() for share in shares])
+    assert sorted(together.tolist()) == list(range(step * batch, (step + 1) * batch))
+
+
+def test_the_global_batch_is_the_same_for_every_split_over_ranks():
+    order = plain(200, batch=24)
+    found = set()
+    for world, micro in [(1, 24), (1, 3), (2, 4), (3, 8), (4, 1), (24, 1), (2, 12)]:
+        steps = []
+        for step in range(12):
+            shares = [rank_positions(step, rank, world, micro, 24).ravel() for rank in range(world)]
+            source, row = order.locate(np.sort(np.concatenate(shares)))
+            steps.append((source.tobytes(), row.tobytes()))
+        found.add(tuple(steps))
+    assert len(found) == 1
+
+
+def test_any_question_in_any_order_gets_the_same_answer():
+    """A position's sample depends on nothing that was asked before: the cache of epochs hides nothing."""
+    once = plain(37, batch=5)
+    expected = [epoch_of(plain(37, batch=5), number) for number in range(8)]
+    for number in (7, 0, 3, 3, 6, 1, 0, 5, 2, 4):
+        assert epoch_of(once, number) == expected[number]
+    across = np.array([[34, 35], [36, 0]])  # 35 samples an epoch: two epochs in one question, any shape
+    source, row = once.locate(across)
+    assert source.shape == row.shape == (2, 2)
+    assert row.tolist() == [[expected[0][34][1], expected[1][0][1]], [expected[1][1][1], expected[0][0][1]]]
+
+
+def test_a_position_has_its_own_seed():
+    seeds = {sample_seed(seed, position) for seed in range(4) for position in range(5000)}
+    assert len(seeds) == 20_000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(11, 1) != sample_seed(1, 11)
+
+
+# ---- weights
+
+
+def test_weights_give_the_sources_their_shares():
+    order = weighted((1000, 3000, 500), (3.0, 1.0, 4.0), batch=10)
+    counts = Counter(source for source, _ in epoch_of(order, 0))
+    assert sum(counts.values()) == 4500
+    for source, weight in enumerate((3, 1, 4)):
+        share = weight / 8
+        deviation = (4500 * share * (1 - share)) ** 0.5
+        assert abs(counts[source] - 4500 * share) < 5 * deviation
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 10)), min_size=1, max_size=4),
+    st.integers(1, 12),
+    SEEDS,
+    st.integers(0, 3),
+)
+def test_inside_a_source_draws_go_round_without_replacement(sources, batch, seed, epoch):
+    sizes, weights = (tuple(column) for column in zip(*sources, strict=True))
+    if sum(sizes) < batch:
+        return
+    drawn = epoch_of(weighted(sizes, weights, batch, seed), epoch)
+    assert drawn == epoch_of(weighted(sizes, weights, batch, seed), epoch)
+    assert len(drawn) == sum(sizes) // batch * batch
+    for source, size in enumerate(sizes):
+        rows = [row for s, row in drawn if s == source]
+        for start in range(0, len(rows), size):
+            cycle = rows[start : start + size]
+            assert len(set(cycle)) == len(cycle) and set(cycle) <= set(range(size))
+
+
+def test_the_cycles_of_a_source_are_shuffled_anew():
+    rows = [row for source, row in epoch_of(weighted((20, 400), (9.0, 1.0)), 0) if source == 0]
+    cycles = [tuple(rows[start : start + 20]) for start in range(0, len(rows) - 20, 20)]
+    assert len(cycles) > 10 and len(set(cycles)) == len(cycles)
+
+
+@given(st.integers(0, 2), SEEDS)
+def test_a_source_of_weight_zero_is_never_drawn(idle, seed):
+    weights = tuple(0.0 if source == idle else 1.0 for source in range(3))
+    for epoch in range(2):
+        assert idle not in {source for source, _ in epoch_of(weighted((50, 60, 70), weights, 10, seed), epoch)}
+
+
+def test_the_scale_of_weights_does_not_matter():
+    assert epoch_of(weighted((30, 50), (1.0, 3.0)), 2) == epoch_of(weighted((30, 50), (0.25, 0.75)), 2)
+
+
+# ---- what is fixed for good
+
+
+FROZEN = {
+    "words": "8e498cb55a5a7e33fffaefa98d0b0d0f471e9b52c8b5609f0b33404ba7022986",
+    "permutation": "2f33cfd672caec4228f3be531976310dc7e048912ef125b4aec67307a1a49b7e",
+    "plain": "4a71170d77d5270cfa7b508b39996f32de0febc334382117bdaa8d25528d577e",
+    "weighted": "b35a3349c565251d2f45dcde8b9365f25193443a8e396d6c61a7aa7c4231056f",
+    "sample_seed": "4238add8930ad1cc3707004acbb7b116c7d0c6358d90d3d28ec98659784d5044",
+}
+
+
+def checksums() -> dict[str, str]:
+    def digest(*arrays) -> str:
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).astype("<i8").tobytes() for a in arrays)).hexdigest()
+
+    several = plain(1000, 77, 3, batch=16, seed=5)
+    drawn = weighted((1000, 77, 3), (1.0, 2.5, 0.5), batch=16, seed=5)
+    positions = np.arange(3 * several.samples_per_epoch)
+    return {
+        "words": digest(raw_words(7, 3, 2, 100).view(np.int64)),
+        "permutation": digest(permutation(7, 3, 2, 1000)),
+        "plain": digest(*several.locate(positions)),
+        "weighted": digest(*drawn.locate(positions)),
+        "sample_seed": digest(np.array([sample_seed(5, position) for position in range(200)])),
+    }
+
+
+def test_order_version_1_gives_the_sequences_that_it_always_gave():
+    """If this fails, a run that is resumed would see other samples: raise ORDER_VERSION, then renew the sums."""
+    assert ORDER_VERSION == 1
+    assert checksums() == FROZEN
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "batch", "words"),
+    [
+        ((), (), 4, "0 sources"),
+        ((10, 10), (1.0,), 4, "2 sources but 1 weights"),
+        ((10, 0), (None, None), 4, "no samples"),
+        ((10, 10), (1.0, None), 4, "every source a weight"),
+        ((10, 10), (1.0, -0.5), 4, "every source a weight"),
+        ((10, 10), (0.0, 0.0), 4, "every source a weight"),
+        ((2, 1), (None, None), 4, "global_batch 4 is larger than the 3 training samples"),
+    ],
+)
+def test_what_is_refused(sizes, weights, batch, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        Order(sizes=sizes, weights=weights, seed=0, global_batch=batch)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_does_not_divide_is_our_own_mistake():
+    with pytest.raises(AssertionError):
+        rank_positions(0, 0, 2, 3, 16)

@@ -1,0 +1,207 @@
+"""The known silent failures of the engines, sprung one by one in the real `scaletransfer.pretrain`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import accelerate.utils
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from torch import nn
+from workers.common import forget_engine, work
+
+from scaletransfer import cli, pretrain
+from scaletransfer.engine import assemble, build, trainer
+from scaletransfer.engine.build import Engine
+
+Patch = Callable[..., Any]
+"""Replaces an attribute of an object until the case is over."""
+
+
+def fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["PreActBottleneck"],
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def accelerator(patch: Patch, make: Callable[[], Accelerator]) -> None:
+    """A process set up as one would naively do it, without the rehearsal."""
+    patch(build, "make_accelerator", lambda strategy: make())
+
+
+def after_build(patch: Patch, change: Callable[[Engine], None]) -> None:
+    """Something happens to the finished engine before it is verified."""
+    right = build.build_engine
+
+    def faulty(*args: Any, **kwargs: Any) -> Engine:
+        engine = right(*args, **kwargs)
+        change(engine)
+        return engine
+
+    patch(assemble, "build_engine", faulty)
+
+
+def swap_for_ddp(engine: Engine) -> None:
+    engine.model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+
+
+def swap_for_bare(engine: Engine) -> None:
+    engine.model = engine.module
+
+
+def swap_optimizer(engine: Engine) -> None:
+    engine.optimizer = torch.optim.Adam(engine.module.parameters())
+
+
+def scale_gradients(engine: Engine) -> None:
+    """A hook that somebody registered: what the optimizer is given is no longer what backward made."""
+
+    def halve(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(0.5)
+
+    engine.optimizer.register_step_pre_hook(halve)
+
+
+def half_masters(patch: Patch) -> None:
+    right = assemble.make_network
+    patch(assemble, "make_network", lambda *args: right(*args).to(torch.bfloat16))
+
+
+def reduce_in_half(patch: Patch) -> None:
+    import torch.distributed.fsdp as fsdp
+
+    right = fsdp.MixedPrecisionPolicy
+    patch(fsdp, "MixedPrecisionPolicy", lambda **options: right(**{**options, "reduce_dtype": torch.bfloat16}))
+
+
+def another_class(patch: Patch) -> None:
+    patch(assemble, "make_optimizer", lambda cfg, network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9))
+
+
+def rank0_reads_for_all(patch: Patch) -> None:
+    """Trap 3: every rank believes that it is rank 0 where the data is read."""
+    right = trainer.StepSampler
+    patch(trainer, "StepSampler", lambda start, stop, rank, *rest: right(start, stop, 0, *rest))
+
+
+def deepspeed_settings(patch: Patch, change: Callable[[dict[str, Any]], Any]) -> None:
+    right = build.deepspeed_settings
+
+    def faulty(*args: Any) -> dict[str, Any]:
+        settings = right(*args)
+        change(settings)
+        return settings
+
+    patch(build, "deepspeed_settings", faulty)
+
+
+def prepare_makes_ddp(patch: Patch) -> None:
+    def prepare(self: Accelerator, model: nn.Module, optimizer: Any) -> Any:
+        return nn.parallel.DistributedDataParallel(model), optimizer
+
+    patch(Accelerator, "prepare", prepare)
+
+
+def deepspeed_swaps_the_optimizer(patch: Patch) -> None:
+    """What offload does with DeepSpeedCPUAdam: another optimizer is built over the same parameters."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    right = DeepSpeedEngine._configure_zero_optimizer
+
+    def faulty(self: Any, optimizer: torch.optim.Optimizer) -> Any:
+        return right(self, torch.optim.Adam([dict(g) for g in optimizer.param_groups], lr=1e-3))
+
+    patch(DeepSpeedEngine, "_configure_zero_optimizer", faulty)
+
+
+COMMON: dict[str, Callable[[Patch], None]] = {
+    "positions": rank0_reads_for_all,
+    "scaled gradient": lambda patch: after_build(patch, scale_gradients),
+    "another optimizer class": another_class,
+    "optimizer swapped": lambda patch: after_build(patch, swap_optimizer),
+}
+TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
+    "ddp": {
+        "world 1": lambda patch: accelerator(patch, Accelerator),
+        "bare model": lambda patch: after_build(patch, swap_for_bare),
+        "half masters": half_masters,
+        **COMMON,
+    },
+    "fsdp2": {
+        "world 1": lambda patch: accelerator(patch, lambda: Accelerator(fsdp_plugin=fsdp_plugin())),
+        "ignored": lambda patch: accelerator(patch, lambda: Accelerator(cpu=True, fsdp_plugin=fsdp_plugin())),
+        "not sharded": lambda patch: patch(accelerate.utils, "fsdp2_prepare_model", lambda _, model: model),
+        "model swapped for DDP": lambda patch: after_build(patch, swap_for_ddp),
+        "half masters": half_masters,
+        "half reduction": reduce_in_half,
+        **COMMON,
+    },
+    "zero2": {
+        "world 1": lambda patch: accelerator(patch, lambda: Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))),
+        "ignored": lambda patch: accelerator(
+            patch, lambda: Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))
+        ),
+        "prepare makes DDP": prepare_makes_ddp,
+        "model swapped for DDP": lambda patch: after_build(patch, swap_for_ddp),
+        "clipping 1.0": lambda patch: deepspeed_settings(patch, lambda s: s.pop("gradient_clipping")),
+        "clipping 0 dropped": lambda patch: deepspeed_settings(patch, lambda s: s.update(gradient_clipping="auto")),
+        "another stage": lambda patch: deepspeed_settings(patch, lambda s: s.update(zero_optimization={"stage": 1})),
+        "accumulation": lambda patch: deepspeed_settings(
+            patch, lambda s: s.update(gradient_accumulation_steps=1, train_batch_size=4)
+        ),
+        "optimizer replaced": deepspeed_swaps_the_optimizer,
+        **COMMON,
+    },
+}
+"""By engine, in an order in which the first runs before any process group exists."""
+
+
+def spring(engine: str, name: str | None, folder: Path, options: list[str]) -> dict[str, Any]:
+    """Run the training command with one trap set (None: soundly): exit status, error line, what it left behind."""
+    forget_engine()
+    said = io.StringIO()
+    with ExitStack() as stack:
+
+        def patch(target: Any, attribute: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, attribute, value))
+
+        patch(cli, "_wait_for_rank0", lambda: None)  # which is for the eyes: no rank repeats another's sentence
+        if name is not None:
+            TRAPS[engine][name](patch)
+        stack.enter_context(contextlib.redirect_stderr(said))
+        status = cli.run_command(pretrain.main, [*options, f"name={(name or 'sound').replace(' ', '_')}"])
+    run = folder / "runs" / (name or "sound").replace(" ", "_")
+    metrics = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return {
+        "status": status,
+        "error": [line for line in said.getvalue().splitlines() if line.startswith("error:")],
+        "saved": sorted(path.name for kind in ("checkpoints", "best") for path in (run / kind).glob("*")),
+        "steps": [row["step"] for row in rows if "loss" in row],
+    }
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    os.environ["SCALETRANSFER_TRACEBACK"] = ""
+    folder = Path(spec["folder"])
+    options = [*spec["options"], f"run_dir={folder / 'runs'}"]
+    return {str(name): spring(spec["engine"], name, folder, options) for name in [*TRAPS[spec["engine"]], None]}
+
+
+if __name__ == "__main__":
+    work(run)

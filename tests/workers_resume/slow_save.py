@@ -1,0 +1,30 @@
+"""`scaletransfer.pretrain` whose checkpoint of one step never gets finished: it hangs where a kill hurts most.
+
+Arguments: the step, then those of pretrain. Of that checkpoint everything is written but the marker.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from scaletransfer import pretrain
+from scaletransfer.cli import run_command
+from scaletransfer.engine import checkpoint
+
+
+def hang_at(step: int) -> None:
+    write = checkpoint._write
+
+    def slowly(path: Path, text: str) -> None:
+        if path.name == checkpoint.MARKER and path.parent.name == f".{checkpoint.folder_name(step)}.tmp":
+            time.sleep(3600)
+        write(path, text)
+
+    checkpoint._write = slowly
+
+
+if __name__ == "__main__":
+    hang_at(int(sys.argv.pop(1)))
+    sys.exit(run_command(pretrain.main))
