@@ -83,4 +83,4 @@ def jobs(engine: str, processes: int) -> dict[str, list[Any]]:
         "parity": parity.cases(engine) if processes == (1 if engine == "single" else 2) else {},
     }
     ranks = launch(engine, processes, "jobs", spec)
-    return {name: [rank[name] for rank in ranks] for name in spec}
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -303,6 +304,52 @@ def test_a_save_clears_what_killed_saves_left(saved):
     assert not list(saved.glob(".step-*"))
     assert find_latest(saved) == saved / "step-00000009"
     assert open_checkpoint(saved / "step-00000009").step == 9
+
+
+@pytest.mark.parametrize(
+    ("moment", "newest"),
+    [
+        (("write", "rank-00000.json"), 6),
+        (("write", "manifest.json"), 6),
+        (("write", "COMPLETE"), 6),
+        (("rename", "step-00000009"), 6),
+        (("write", ".latest.tmp"), 9),
+        (("rename", "latest"), 9),
+    ],
+)
+def test_killed_while_saving(saved, moment, newest):
+    """SIGKILL before a file is there, or with half of it written: a complete checkpoint is the newest, and is sound."""
+    engine = make()
+    what, name = moment
+    child = os.fork()
+    if child == 0:
+        write, replace = checkpoints._write, os.replace
+
+        def killed_in_write(path: Path, text: str) -> None:
+            if (what, path.name) == moment:
+                path.write_text(text[: len(text) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, text)
+
+        def killed_in_replace(source: Path, target: Path) -> None:
+            if (what, Path(target).name) == ("rename", name):
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        checkpoints._write, os.replace = killed_in_write, killed_in_replace
+        try:
+            save(engine, saved, 9, FACTS, keep=5)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    found = find_latest(saved)
+    assert found == saved / f"step-{newest:08d}"
+    for tensor in open_checkpoint(found).parts:
+        open_checkpoint(found).read(tensor)
+    assert (saved / "latest").read_text() == "step-00000006\n"
+    save(engine, saved, 9, FACTS, keep=5)
+    assert find_latest(saved) == saved / "step-00000009"
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", *(f"step-{n:08d}" for n in (3, 6, 9))]
 
 
 # ---- damage and hostility

@@ -1,4 +1,4 @@
-"""SGD_AGC under every sharded engine equals the single process, with units cut by ranks, empty shards, real clipping."""
+"""SGD_AGC under each sharded engine equals the single process: units over several ranks, empty shards, real clipping."""
 
 from __future__ import annotations
 
@@ -81,10 +81,14 @@ def test_every_clipping_variant_equals_the_single_process(engine: str, world: in
             found = whole(mine, what)
             assert found.keys() == expected.keys()
             for tensor, value in expected.items():
-                np.testing.assert_allclose(found[tensor], value, rtol=0, atol=1e-6, err_msg=f"{name}, {what} of {tensor}")
+                np.testing.assert_allclose(
+                    found[tensor], value, rtol=0, atol=1e-6, err_msg=f"{name}, {what} of {tensor}"
+                )
 
 
-@pytest.mark.parametrize(("engine", "world"), [launch for launch in LAUNCHES if getattr(launch, "values", launch)[1] > 1])
+@pytest.mark.parametrize(
+    ("engine", "world"), [launch for launch in LAUNCHES if getattr(launch, "values", launch)[1] > 1]
+)
 def test_the_launches_have_what_makes_sharding_hard(engine: str, world: int) -> None:
     """Units over several ranks, and under FSDP2 and ZeRO ranks that hold nothing of a parameter: seen, not assumed."""
     straddling, empty = cuts([rank["corrected"] for rank in jobs(engine, world)["optimizing"]])

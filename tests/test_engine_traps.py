@@ -28,6 +28,7 @@ SENTENCES = {
     "clipping 0 dropped": "DeepSpeed clips gradients to 1.0",
     "another stage": "zero2 was asked for but gradients are not split",
     "accumulation": "DeepSpeed accumulates 1 micro-batches, not 2",
+    "no gradient": r"2 parameters got no gradient, first \['spare.bias'\]: zero2 would decay them",
     "optimizer replaced": "DeepSpeed steps another optimizer",
     "another optimizer class": "the optimizer that steps is SGD, not SGD_AGC",
     "optimizer swapped": "another optimizer|the optimizer that steps is Adam, not SGD_AGC",
@@ -52,10 +53,15 @@ def shards(folder: Path) -> Path:
 def sprung(engine: str, folder: Path) -> list[dict[str, Any]]:
     """What every rank saw of all traps of an engine, and of a sound run after them (None)."""
     options = [
-        *("--config", str(ROOT / "configs" / "parts" / "tiny.yaml"), "--config", str(ROOT / "configs" / "chexpert_tiny.yaml")),
+        *(
+            "--config",
+            str(ROOT / "configs" / "parts" / "tiny.yaml"),
+            "--config",
+            str(ROOT / "configs" / "chexpert_tiny.yaml"),
+        ),
         *(f"data.train={shards(folder)}", "data.image_size=32", "data.workers=0", "global_batch=8", "micro_batch=2"),
         *("max_steps=2", "checkpoint.every_steps=1", "log.every_steps=1", "validate.every_epochs=null"),
-        *("optimizer.name=sgd_agc", "precision=fp32"),
+        *("optimizer.name=sgd_agc", "optimizer.weight_decay=1e-4", "precision=fp32"),
     ]
     return launch(engine, 2, "traps", {"engine": engine, "options": options})
 

@@ -40,7 +40,7 @@ def rows_of(values: np.ndarray) -> np.ndarray:
 
 
 def reference_step(weights: np.ndarray, gradient: np.ndarray, buffer: np.ndarray | None, group: Group) -> np.ndarray:
-    """One step in float64, in place on ``weights``; returns the momentum buffer. Written from the paper's equation 3."""
+    """One step in float64, in place on ``weights``; returns the momentum buffer. From the paper's equation 3."""
     g = gradient.astype(np.float64).copy()
     if group["clipping"] is not None:
         w_rows, g_rows = rows_of(weights), rows_of(g)
@@ -115,7 +115,7 @@ ALL = [list(range(len(SHAPES)))]
 )
 def test_it_equals_the_reference(options: Group) -> None:
     shares = compare([{}], ALL, **options)
-    assert all(0 < share for share in shares)
+    assert all(share > 0 for share in shares)
     if options.get("clipping", 1e-2) >= 1e-2:
         assert all(share < 1 for share in shares), "the test must see clipped and unclipped units"
 
@@ -202,7 +202,7 @@ def test_without_clipping_it_is_torch_sgd_bit_by_bit(options: Group) -> None:
 
 @pytest.mark.parametrize("clipping", [1e-2, 0.1])
 def test_it_agrees_with_timm_clipping_and_torch_sgd(clipping: float) -> None:
-    """timm's units are ours for 0-D, 1-D, 2-D and 4-D tensors (its rule for 3-D and 5-D is the first dimension too)."""
+    """Timm's units are ours for 0-D, 1-D, 2-D and 4-D tensors (its rule for 3-D and 5-D is the first dimension too)."""
     agc = pytest.importorskip("timm.utils.agc")
     torch.manual_seed(1)
     shapes = [(7,), (6, 3), (4, 3, 2), (5, 2, 3, 3), (3, 2, 2, 1, 2)]
@@ -299,7 +299,9 @@ def unclipped(split: Split, exempt: str) -> set[str]:
     for p in model.parameters():
         p.grad = torch.full_like(p, 3.0)
     optimizer.step()
-    return {name for name, p in model.named_parameters() if torch.allclose(before[name] - p.detach(), torch.tensor(3.0))}
+    return {
+        name for name, p in model.named_parameters() if torch.allclose(before[name] - p.detach(), torch.tensor(3.0))
+    }
 
 
 def check_head(split: Split) -> None:
@@ -307,9 +309,7 @@ def check_head(split: Split) -> None:
     assert unclipped(split, "paper") == {"head.conv.weight"}
 
 
-def by_shape(
-    named: Iterable[tuple[str, Tensor]], head_weight: str, head_bias: str | None, exempt: str
-) -> list[Group]:
+def by_shape(named: Iterable[tuple[str, Tensor]], head_weight: str, head_bias: str | None, exempt: str) -> list[Group]:
     """The published code's mistake: whatever has as many rows as there are classes is taken for the head."""
     params = dict(named)
     classes = params[head_weight].shape[0]

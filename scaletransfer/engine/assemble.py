@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scaletransfer.config import ModelConfig, PretrainConfig, accumulation, to_yaml
+from scaletransfer.config import ModelConfig, PretrainConfig, accumulation
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
+from scaletransfer.engine.runfolder import say_changes, write_run_folder
 from scaletransfer.engine.runlog import check_writable, claim
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.trainer import Trainer
@@ -252,55 +250,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> None:
-    """``config.yaml`` (resolved) and ``environment.json``, by rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-    packages = (
-        "scaletransfer",
-        "torch",
-        "torchvision",
-        "accelerate",
-        "deepspeed",
-        "numpy",
-        "safetensors",
-        "timm",
-    )
-    environment = {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
-        "engine": strategy.engine,
-        "world": strategy.world,
-        "device": "cpu" if strategy.cpu else torch.cuda.get_device_name(),
-        "command": sys.argv,
-    }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
-
-
-def say_changes(path: Path, cfg: PretrainConfig) -> None:
-    """Name the settings in which a resumed run differs from how it ran before; those of ``run_facts`` may not."""
-    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    after = to_yaml(cfg).splitlines()
-    for line in difflib.unified_diff(before, after, lineterm="", n=0):
-        if line[:1] in "+-" and line[:3] not in ("+++", "---"):
-            print(f"note: changed since the run last started: {line}")
-
-
 def check_same_start(engine: Engine, step: int) -> None:
     """ValueError unless all ranks found the same checkpoint. All ranks call this."""
     total = int(engine.sum_over_ranks(torch.tensor(step, device=engine.device)))
     if total != step * engine.world:
         raise ValueError(
-            f"rank {engine.rank} found a checkpoint of step {step}, other ranks another one: the shared file system lags "
-            "behind; start again in a minute"
+            f"rank {engine.rank} found a checkpoint of step {step}, other ranks another one: the shared file system "
+            "lags behind; start again in a minute"
         )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:

@@ -3,7 +3,7 @@
 accelerate 1.15 silently runs plain DDP when FSDP or DeepSpeed is asked for on CPU, and with DeepSpeed without
 ``cpu=True`` every process believes that it is rank 0 of 1 (measured, see docs/ENGINES.md). What makes the real engines
 run over gloo is the distributed type of ``PartialState``, set before the ``Accelerator`` is made. ``verify`` asserts
-afterwards that what runs is what was asked for, and ``tests/test_engine_rehearsal.py`` fails when a release changes
+afterwards that what runs is what was asked for, and ``tests/test_engine_strategy.py`` fails when a release changes
 this.
 """
 

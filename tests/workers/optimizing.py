@@ -46,7 +46,12 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.unit(self.stem(x)).mean((2, 3)) + self.zero
-        gain = self.row.square().mean() + self.cube.sin().sum() * 0.1 + self.hyper.flatten(1).sum(1).tanh().sum() + self.one
+        gain = (
+            self.row.square().mean()
+            + self.cube.sin().sum() * 0.1
+            + self.hyper.flatten(1).sum(1).tanh().sum()
+            + self.one
+        )
         return self.conv.head(hidden * gain).clone()
 
 

@@ -27,7 +27,7 @@ from scaletransfer.optim import SGD_AGC, split_head
 from scaletransfer.order import Order, rank_positions
 
 SAMPLES, CLASSES, GLOBAL_BATCH, ACCUMULATION, STEPS, SEED = 64, 5, 16, 2, 20, 7
-BLANK = (0, 1, 2)
+BLANK = (0, 1, 1)
 """(step, micro-batch, rank of two) whose samples have no known label at all."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4},
@@ -88,7 +88,7 @@ def data() -> tuple[Tensor, Tensor]:
         images[:, :, 6 * label : 6 * label + 6] += (120 * target[:, label]).to(torch.uint8)[:, None, None, None]
     target[torch.rand(target.shape, generator=generator) < 0.33] = float("nan")
     step, number, rank = BLANK
-    _, rows = order().locate(rank_positions(step, rank - 1, 2, 4, GLOBAL_BATCH)[number])
+    _, rows = order().locate(rank_positions(step, rank, 2, 4, GLOBAL_BATCH)[number])
     target[torch.from_numpy(rows)] = float("nan")
     return images, target
 

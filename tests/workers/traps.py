@@ -77,6 +77,18 @@ def scale_gradients(engine: Engine) -> None:
     engine.optimizer.register_step_pre_hook(halve)
 
 
+def spare_layer(patch: Patch) -> None:
+    """A layer that the forward never uses: elsewhere it stays as it is, ZeRO would let it decay."""
+    right = assemble.make_network
+
+    def faulty(*args: Any) -> nn.Module:
+        network = right(*args)
+        network.spare = nn.Linear(3, 2)
+        return network
+
+    patch(assemble, "make_network", faulty)
+
+
 def half_masters(patch: Patch) -> None:
     right = assemble.make_network
     patch(assemble, "make_network", lambda *args: right(*args).to(torch.bfloat16))
@@ -152,7 +164,9 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         **COMMON,
     },
     "zero2": {
-        "world 1": lambda patch: accelerator(patch, lambda: Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))),
+        "world 1": lambda patch: accelerator(
+            patch, lambda: Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))
+        ),
         "ignored": lambda patch: accelerator(
             patch, lambda: Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))
         ),
@@ -164,6 +178,7 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         "accumulation": lambda patch: deepspeed_settings(
             patch, lambda s: s.update(gradient_accumulation_steps=1, train_batch_size=4)
         ),
+        "no gradient": spare_layer,
         "optimizer replaced": deepspeed_swaps_the_optimizer,
         **COMMON,
     },

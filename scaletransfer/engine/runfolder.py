@@ -1,0 +1,56 @@
+"""What stands in a run's folder beside its records and checkpoints: config.yaml and environment.json."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from scaletransfer.config import PretrainConfig, to_yaml
+from scaletransfer.engine.strategy import Strategy
+
+
+def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> None:
+    """``config.yaml`` (resolved) and ``environment.json``, by rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    packages = (
+        "scaletransfer",
+        "torch",
+        "torchvision",
+        "accelerate",
+        "deepspeed",
+        "numpy",
+        "safetensors",
+        "timm",
+    )
+    environment = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "engine": strategy.engine,
+        "world": strategy.world,
+        "device": "cpu" if strategy.cpu else torch.cuda.get_device_name(),
+        "command": sys.argv,
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+
+
+def say_changes(path: Path, cfg: PretrainConfig) -> None:
+    """Name the settings in which a resumed run differs from how it ran before; those of ``run_facts`` may not."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    after = to_yaml(cfg).splitlines()
+    for line in difflib.unified_diff(before, after, lineterm="", n=0):
+        if line[:1] in "+-" and line[:3] not in ("+++", "---"):
+            print(f"note: changed since the run last started: {line}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
