@@ -38,7 +38,7 @@ def command(engine: str, processes: int, *arguments: str) -> list[str]:
     ]
 
 
-def launch(engine: str, processes: int, worker: str, spec: dict[str, Any], *, limit: float = 240) -> list[Result]:
+def launch(engine: str, processes: int, worker: str, spec: dict[str, Any], *, limit: float = 400) -> list[Result]:
     """Run ``workers/<worker>.py`` under an engine; what each rank returned, by rank.
 
     ``spec`` goes to the worker as a JSON file, its ``folder`` is added: a directory of this launch alone.
@@ -73,14 +73,25 @@ def launch(engine: str, processes: int, worker: str, spec: dict[str, Any], *, li
         return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
 
 
-@functools.cache
 def jobs(engine: str, processes: int) -> dict[str, list[Any]]:
     """Results per rank of all jobs of ``workers/jobs.py`` for an engine: optimizer and parity tests share a launch."""
+    found = _jobs(engine, processes)
+    if isinstance(found, AssertionError):
+        raise found
+    return found
+
+
+@functools.cache
+def _jobs(engine: str, processes: int) -> dict[str, list[Any]] | AssertionError:
+    """A launch that failed is kept as well: a second try for every test would fail as slowly."""
     from workers import optimizing, parity
 
     spec = {
         "optimizing": {} if engine in ("single", "ddp") else optimizing.CASES,
         "parity": parity.cases(engine) if processes == (1 if engine == "single" else 2) else {},
     }
-    ranks = launch(engine, processes, "jobs", spec)
+    try:
+        ranks = launch(engine, processes, "jobs", spec)
+    except AssertionError as error:
+        return error
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}

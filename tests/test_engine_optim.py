@@ -1,4 +1,4 @@
-"""SGD_AGC under each sharded engine equals the single process: units over several ranks, empty shards, real clipping."""
+"""SGD_AGC under each sharded engine equals the single process: units over several ranks, empty shards, clipping."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def same(run: Path, whole: Path, folder: Path) -> None:
 
 
 def killed_at_random(bench: Bench, engine: str, name: str, seed: int, first: int = STEPS_AN_EPOCH + 1) -> None:
-    """Start a run and kill it: the rank and the moment, in epoch 2 or later, are drawn from the seed; not before step `first`."""
+    """Start a run and kill it: a rank and a moment drawn from the seed, from step `first` on (epoch 2 or later)."""
     draw = random.Random(f"{engine}/{seed}")
     victim, step, part = draw.randrange(2), draw.randint(first, STEPS - 3), draw.random()
     run = bench.start(engine, name)
