@@ -91,9 +91,7 @@ def auc_of_export(folder: Path) -> dict[str, float | None]:
     model = create_model(card["model"], card["num_classes"]).eval()
     load_into(model, state)
     names = tuple(card["label_names"])
-    source = Source(
-        index=load_index(DEMO / "shards"), split="valid", policy=LabelPolicy(**card["policy"]), names=names
-    )
+    source = Source(index=load_index(DEMO / "shards"), split="valid", policy=LabelPolicy(**card["policy"]), names=names)
     transform = build_transform(card["transform"]["kind"], False, card["transform"]["size"])
     data = ShardDataset([source], None, transform, channels=1, seed=0)
     normalize = Normalizer(**card["normalisation"])
