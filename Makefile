@@ -4,6 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# DeepSpeed compiles a small C++ extension at first use. In a cache shared by several environments each would compile
+# it again whenever another one had run.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test slow soak lint format clean
 

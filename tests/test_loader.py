@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers_data import SALT, draw_image, make_chexpert, make_image_folder
+from helpers_loader import POLICY, SIZE, Findings, by_position, dataset, source
 from PIL import Image
 from torch import Tensor
 
@@ -22,38 +19,13 @@ from scaletransfer.loader import (
     Batch,
     EvalSampler,
     ShardDataset,
-    Source,
     StepSampler,
     batches,
     make_loader,
     target_names,
 )
-from scaletransfer.order import Order
 from scaletransfer.shards import build, plan_shards
-from scaletransfer.sources import Record, open_source
-from scaletransfer.transforms import build_transform
-
-SIZE = 32
-POLICY = labels.LabelPolicy()
-
-
-@dataclass
-class Findings:
-    """A multi-label source with a vocabulary of its own: two findings that CheXpert has, one that it has not."""
-
-    root: Path
-    count: int = 12
-    name: str = "other"
-    task: str = "multilabel"
-    licence: str = "none"
-    label_names: tuple[str, ...] = ("Edema", "Effusion", "Hernia")
-
-    def __iter__(self) -> Iterator[Record]:
-        for number in range(self.count):
-            states = (number % 2, 1 - number % 2, (1, 0, -1, -2)[number % 4])
-            yield Record(
-                source_id=str(number), split="train", patient="", image=f"{number}.jpg", labels=states, view=""
-            )
+from scaletransfer.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +37,6 @@ def root(tmp_path_factory) -> Path:
 def shards(root) -> Path:
     build(plan_shards(open_source("chexpert", root), SALT, shard_size=10), root.parent / "shards")
     return root.parent / "shards"
-
-
-@pytest.fixture
-def folder(shards, tmp_path) -> Path:
-    return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
@@ -86,33 +53,6 @@ def other(tmp_path_factory) -> ShardIndex:
     for number in range(12):
         draw_image(root / f"{number}.jpg", 900 + number)
     return from_records(Findings(root), SALT)
-
-
-def source(index: ShardIndex, split: str = "train", names: Sequence[str] | None = None) -> Source:
-    own = target_names([index], POLICY, "intersection", None)
-    return Source(index=index, split=split, policy=POLICY, names=tuple(names or own))
-
-
-def dataset(
-    sources: Sequence[Source], *, train: bool = True, batch: int = 12, weights=None, seed: int = 5, kind="xray"
-) -> ShardDataset:
-    order = None
-    if train:
-        sizes = tuple(len(s.index.table(s.split)) for s in sources)
-        order = Order(sizes=sizes, weights=weights or (None,) * len(sizes), seed=seed, global_batch=batch)
-    transform = build_transform(kind, train, SIZE)
-    return ShardDataset(sources, order, transform, 1 if kind == "xray" else 3, seed)
-
-
-def by_position(stream: Iterator[Batch] | Sequence[Batch]) -> dict[int, tuple[bytes, bytes, int]]:
-    """(image bytes, target bytes, key) of every position; no position twice."""
-    found: dict[int, tuple[bytes, bytes, int]] = {}
-    for batch in stream:
-        for row, position in enumerate(batch["position"].tolist()):
-            assert position not in found
-            image, target = batch["image"][row].numpy(), batch["target"][row].numpy()
-            found[position] = (image.tobytes(), target.tobytes(), int(batch["key"][row]))
-    return found
 
 
 # ---- what a batch holds
@@ -336,84 +276,6 @@ def test_sets_that_cannot_be_trained_together(shards, other, pictures, tmp_path)
     build(plan_shards(open_source("image_folder", birds), SALT), tmp_path / "shards")
     with pytest.raises(ValueError, match="other classes"):
         target_names([images, load_index(tmp_path / "shards")], POLICY, "intersection", None)
-
-
-# ---- damage
-
-
-def read_all(index: ShardIndex, workers: int) -> None:
-    data = dataset([source(index)])
-    sampler = StepSampler(0, 48, 0, 1, 4, 12)
-    for _ in batches(make_loader(data, sampler, workers, 2)):
-        pass
-
-
-def sentence(caught: pytest.ExceptionInfo[BaseException]) -> str:
-    text = str(caught.value)
-    assert "\n" not in text and "Traceback" not in text and len(text) < 500
-    return text
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_ends_too_early(folder, workers):
-    index = load_index(folder)  # whole when it was opened, cut while the run reads
-    path = folder / "train-000001.tar"
-    os.truncate(path, 3000)
-    with pytest.raises(ValueError, match="it is truncated, make the shards again") as caught:
-        read_all(index, workers)
-    assert str(path) in sentence(caught)
-    with pytest.raises(ValueError, match=r"train-000001\.tar") as caught:
-        load_index(folder)
-    sentence(caught)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage", [b"\x80\x04 this is no picture", b""])
-def test_an_image_that_cannot_be_decoded(folder, workers, damage):
-    index = load_index(folder)
-    row = index.table("train")[17]
-    path = index.path("train", int(row["shard"]))
-    with path.open("r+b") as handle:
-        handle.seek(int(row["offset"]))
-        handle.write(damage.ljust(int(row["size"]), b"\0"))
-    with pytest.raises(ValueError, match="cannot be decoded") as caught:
-        read_all(index, workers)
-    assert index.keys("train", [17])[0] in sentence(caught) and str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_file_that_is_gone(folder, workers):
-    index = load_index(folder)
-    (folder / "train-000002.tar").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="No such file") as caught:
-        read_all(index, workers)
-    assert "train-000002.tar" in sentence(caught)
-    with pytest.raises(ValueError, match=r"train-000002\.tar"):
-        load_index(folder)
-
-
-def test_a_pickle_in_place_of_an_image_is_not_executed(folder, tmp_path):
-    """The bytes of a pickle that makes a file, where an image should be: refused, and no file is made."""
-    planted = tmp_path / "executed"
-    payload = f"cos\nsystem\n(S'touch {planted}'\ntR.".encode()
-    index = load_index(folder)
-    row = index.table("train")[3]
-    assert len(payload) < row["size"]
-    with index.path("train", int(row["shard"])).open("r+b") as handle:
-        handle.seek(int(row["offset"]))
-        handle.write(payload)
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        read_all(index, 0)
-    assert not planted.exists()
-
-
-def test_an_index_of_another_data_set(folder, pictures):
-    """index.json of one folder beside the shards of another is noticed before an image is read."""
-    content = json.loads((pictures / "shards" / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"train-000000\.tar") as caught:
-        load_index(folder)
-    sentence(caught)
 
 
 # ---- samplers

@@ -1,0 +1,68 @@
+"""Data sets over small shards, for the tests of the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scaletransfer import labels
+from scaletransfer.index import ShardIndex
+from scaletransfer.loader import (
+    Batch,
+    ShardDataset,
+    Source,
+    target_names,
+)
+from scaletransfer.order import Order
+from scaletransfer.sources import Record
+from scaletransfer.transforms import build_transform
+
+SIZE = 32
+POLICY = labels.LabelPolicy()
+
+
+@dataclass
+class Findings:
+    """A multi-label source with a vocabulary of its own: two findings that CheXpert has, one that it has not."""
+
+    root: Path
+    count: int = 12
+    name: str = "other"
+    task: str = "multilabel"
+    licence: str = "none"
+    label_names: tuple[str, ...] = ("Edema", "Effusion", "Hernia")
+
+    def __iter__(self) -> Iterator[Record]:
+        for number in range(self.count):
+            states = (number % 2, 1 - number % 2, (1, 0, -1, -2)[number % 4])
+            yield Record(
+                source_id=str(number), split="train", patient="", image=f"{number}.jpg", labels=states, view=""
+            )
+
+
+def source(index: ShardIndex, split: str = "train", names: Sequence[str] | None = None) -> Source:
+    own = target_names([index], POLICY, "intersection", None)
+    return Source(index=index, split=split, policy=POLICY, names=tuple(names or own))
+
+
+def dataset(
+    sources: Sequence[Source], *, train: bool = True, batch: int = 12, weights=None, seed: int = 5, kind="xray"
+) -> ShardDataset:
+    order = None
+    if train:
+        sizes = tuple(len(s.index.table(s.split)) for s in sources)
+        order = Order(sizes=sizes, weights=weights or (None,) * len(sizes), seed=seed, global_batch=batch)
+    transform = build_transform(kind, train, SIZE)
+    return ShardDataset(sources, order, transform, 1 if kind == "xray" else 3, seed)
+
+
+def by_position(stream: Iterator[Batch] | Sequence[Batch]) -> dict[int, tuple[bytes, bytes, int]]:
+    """(image bytes, target bytes, key) of every position; no position twice."""
+    found: dict[int, tuple[bytes, bytes, int]] = {}
+    for batch in stream:
+        for row, position in enumerate(batch["position"].tolist()):
+            assert position not in found
+            image, target = batch["image"][row].numpy(), batch["target"][row].numpy()
+            found[position] = (image.tobytes(), target.tobytes(), int(batch["key"][row]))
+    return found

@@ -1,0 +1,120 @@
+"""Shards that are damaged while a run reads them: one sentence, also out of a loader process; nothing is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers_data import SALT, make_chexpert, make_image_folder
+from helpers_loader import dataset, source
+
+from scaletransfer.index import ShardIndex, load_index
+from scaletransfer.loader import (
+    StepSampler,
+    batches,
+    make_loader,
+)
+from scaletransfer.shards import build, plan_shards
+from scaletransfer.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return make_chexpert(tmp_path_factory.mktemp("loader") / "CheXpert-v1.0", rows=52, valid=11, laterals=False)
+
+
+@pytest.fixture(scope="module")
+def shards(root) -> Path:
+    build(plan_shards(open_source("chexpert", root), SALT, shard_size=10), root.parent / "shards")
+    return root.parent / "shards"
+
+
+@pytest.fixture
+def folder(shards, tmp_path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("pictures")
+    root = make_image_folder(base / "images", per_class=5)
+    build(plan_shards(open_source("image_folder", root), SALT, shard_size=4), base / "shards")
+    return base
+
+
+def read_all(index: ShardIndex, workers: int) -> None:
+    data = dataset([source(index)])
+    sampler = StepSampler(0, 48, 0, 1, 4, 12)
+    for _ in batches(make_loader(data, sampler, workers, 2)):
+        pass
+
+
+def sentence(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text and "Traceback" not in text and len(text) < 500
+    return text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_ends_too_early(folder, workers):
+    index = load_index(folder)  # whole when it was opened, cut while the run reads
+    path = folder / "train-000001.tar"
+    os.truncate(path, 3000)
+    with pytest.raises(ValueError, match="it is truncated, make the shards again") as caught:
+        read_all(index, workers)
+    assert str(path) in sentence(caught)
+    with pytest.raises(ValueError, match=r"train-000001\.tar") as caught:
+        load_index(folder)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", [b"\x80\x04 this is no picture", b""])
+def test_an_image_that_cannot_be_decoded(folder, workers, damage):
+    index = load_index(folder)
+    row = index.table("train")[17]
+    path = index.path("train", int(row["shard"]))
+    with path.open("r+b") as handle:
+        handle.seek(int(row["offset"]))
+        handle.write(damage.ljust(int(row["size"]), b"\0"))
+    with pytest.raises(ValueError, match="cannot be decoded") as caught:
+        read_all(index, workers)
+    assert index.keys("train", [17])[0] in sentence(caught) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_file_that_is_gone(folder, workers):
+    index = load_index(folder)
+    (folder / "train-000002.tar").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="No such file") as caught:
+        read_all(index, workers)
+    assert "train-000002.tar" in sentence(caught)
+    with pytest.raises(ValueError, match=r"train-000002\.tar"):
+        load_index(folder)
+
+
+def test_a_pickle_in_place_of_an_image_is_not_executed(folder, tmp_path):
+    """The bytes of a pickle that makes a file, where an image should be: refused, and no file is made."""
+    planted = tmp_path / "executed"
+    payload = f"cos\nsystem\n(S'touch {planted}'\ntR.".encode()
+    index = load_index(folder)
+    row = index.table("train")[3]
+    assert len(payload) < row["size"]
+    with index.path("train", int(row["shard"])).open("r+b") as handle:
+        handle.seek(int(row["offset"]))
+        handle.write(payload)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        read_all(index, 0)
+    assert not planted.exists()
+
+
+def test_an_index_of_another_data_set(folder, pictures):
+    """index.json of one folder beside the shards of another is noticed before an image is read."""
+    content = json.loads((pictures / "shards" / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"train-000000\.tar") as caught:
+        load_index(folder)
+    sentence(caught)
