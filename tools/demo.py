@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "runs" / "demo"
 CONFIG = "configs/demo.yaml"
 ROWS = 2400
-KILL_AT = 150  # steps; the last checkpoint before it is kept
+KILL_AT = 80  # steps; the last checkpoint before it is kept
 # The launcher starts two processes: one thread each leaves them a core each.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
