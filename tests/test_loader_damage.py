@@ -48,8 +48,13 @@ def pictures(tmp_path_factory) -> Path:
 def read_all(index: ShardIndex, workers: int) -> None:
     data = dataset([source(index)])
     sampler = StepSampler(0, 48, 0, 1, 4, 12)
-    for _ in batches(make_loader(data, sampler, workers, 2)):
-        pass
+    stream = iter(make_loader(data, sampler, workers, 2))
+    try:
+        for _ in batches(stream):
+            pass
+    finally:
+        if workers:
+            stream._shutdown_workers()  # left to the garbage collector, each process costs a later test 5 s
 
 
 def sentence(caught: pytest.ExceptionInfo[BaseException]) -> str:
