@@ -13,6 +13,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,6 +279,27 @@ def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
             raise
         # torch wraps the worker's whole traceback into the message; its last line is "ValueError: <sentence>"
         raise ValueError(text.strip().splitlines()[-1].split(": ", 1)[-1]) from error
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """A loader process that was killed becomes one sentence.
+
+    torch raises a RuntimeError for it from a signal handler, wherever the training process is at that moment: this
+    belongs around the whole loop.
+
+    Raises:
+        ValueError: a loader process died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that reads data has died ({str(error).splitlines()[0]}): the machine may be short of memory; "
+            "lower data.workers or data.prefetch and start the same command again"
+        ) from error
 
 
 def _finished(batch: Any) -> Any:

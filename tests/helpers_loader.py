@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers_data import SALT, make_chexpert
+
 from scaletransfer import labels
 from scaletransfer.index import ShardIndex
 from scaletransfer.loader import (
@@ -15,7 +17,8 @@ from scaletransfer.loader import (
     target_names,
 )
 from scaletransfer.order import Order
-from scaletransfer.sources import Record
+from scaletransfer.shards import build, plan_shards
+from scaletransfer.sources import Record, open_source
 from scaletransfer.transforms import build_transform
 
 SIZE = 32
@@ -39,6 +42,17 @@ class Findings:
             yield Record(
                 source_id=str(number), split="train", patient="", image=f"{number}.jpg", labels=states, view=""
             )
+
+
+def small_chexpert(folder: Path) -> Path:
+    """52 training and 11 validation images below ``folder``."""
+    return make_chexpert(folder / "CheXpert-v1.0", rows=52, valid=11, laterals=False)
+
+
+def small_shards(root: Path) -> Path:
+    """Shards of ten images beside ``root``."""
+    build(plan_shards(open_source("chexpert", root), SALT, shard_size=10), root.parent / "shards")
+    return root.parent / "shards"
 
 
 def source(index: ShardIndex, split: str = "train", names: Sequence[str] | None = None) -> Source:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_data import SALT, draw_image, make_chexpert, make_image_folder
-from helpers_loader import POLICY, SIZE, Findings, by_position, dataset, source
+from helpers_loader import POLICY, SIZE, Findings, by_position, dataset, small_chexpert, small_shards, source
 from PIL import Image
 from torch import Tensor
 
@@ -30,13 +30,12 @@ from scaletransfer.sources import open_source
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return make_chexpert(tmp_path_factory.mktemp("loader") / "CheXpert-v1.0", rows=52, valid=11, laterals=False)
+    return small_chexpert(tmp_path_factory.mktemp("loader"))
 
 
 @pytest.fixture(scope="module")
 def shards(root) -> Path:
-    build(plan_shards(open_source("chexpert", root), SALT, shard_size=10), root.parent / "shards")
-    return root.parent / "shards"
+    return small_shards(root)
 
 
 @pytest.fixture(scope="module")

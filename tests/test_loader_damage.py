@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from helpers_data import SALT, make_chexpert, make_image_folder
-from helpers_loader import dataset, source
+from helpers_data import SALT, make_image_folder
+from helpers_loader import dataset, small_chexpert, small_shards, source
 
 from scaletransfer.index import ShardIndex, load_index
 from scaletransfer.loader import (
     StepSampler,
     batches,
+    dead_workers_named,
     make_loader,
 )
 from scaletransfer.shards import build, plan_shards
@@ -23,13 +25,12 @@ from scaletransfer.sources import open_source
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return make_chexpert(tmp_path_factory.mktemp("loader") / "CheXpert-v1.0", rows=52, valid=11, laterals=False)
+    return small_chexpert(tmp_path_factory.mktemp("loader"))
 
 
 @pytest.fixture(scope="module")
 def shards(root) -> Path:
-    build(plan_shards(open_source("chexpert", root), SALT, shard_size=10), root.parent / "shards")
-    return root.parent / "shards"
+    return small_shards(root)
 
 
 @pytest.fixture
@@ -123,3 +124,24 @@ def test_an_index_of_another_data_set(folder, pictures):
     with pytest.raises(ValueError, match=r"train-000000\.tar") as caught:
         load_index(folder)
     sentence(caught)
+
+
+def test_a_loader_process_that_is_killed_is_one_sentence(folder, monkeypatch):
+    data = dataset([source(load_index(folder))])
+    parent = os.getpid()
+    read = data.reader.read
+
+    def die(path: str, offset: int, size: int) -> bytes:
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, offset, size)
+
+    monkeypatch.setattr(data.reader, "read", die)
+    with pytest.raises(ValueError, match="has died") as caught, dead_workers_named():
+        next(batches(make_loader(data, StepSampler(0, 48, 0, 1, 4, 12), 1, 2)))
+    assert "data.workers" in sentence(caught)
+
+
+def test_other_runtime_errors_pass_through():
+    with pytest.raises(RuntimeError, match=r"^something else$"), dead_workers_named():
+        raise RuntimeError("something else")

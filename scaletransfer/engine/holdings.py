@@ -39,7 +39,8 @@ class Bytes:
 
 
 def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
-    """What the strategy should hold on this rank, from shapes, ranks and precision alone.
+    """What the strategy should hold on this rank, from shapes, ranks and precision, and from where the
+    engine cuts (``pieces``) what ZeRO-1 and 2 hold beyond a share.
 
     Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
     or a rank's share with each engine's own rounding.

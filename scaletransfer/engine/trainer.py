@@ -20,7 +20,7 @@ from scaletransfer.engine.build import Engine
 from scaletransfer.engine.evaluate import gather_rows, predict, report, score
 from scaletransfer.engine.runlog import RunLog
 from scaletransfer.engine.step import StepResult, train_step
-from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler, batches, make_loader
+from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler, batches, dead_workers_named, make_loader
 from scaletransfer.losses import Loss
 from scaletransfer.schedules import Schedule, lr_at
 
@@ -70,21 +70,25 @@ class Trainer:
         self._since = self._saved_at = time.monotonic()
         self.engine.model.train()
         try:
-            for step, group in enumerate(self._steps(), self.start + 1):
-                first = self._first_step() if step == self.start + 1 else None
-                self._step(step, group, first)
-                if self._due(step, self.cfg.log.every_steps) or first is not None:
-                    self._flush()
-                if first is not None:
-                    self.log.say(verify.table(self.engine, first, self._arithmetic()))
-                if self._validation_due(step):
-                    self._flush()
-                    self._validate(step)
-                if self._save_due(step):
-                    self._flush()
-                    self._save(step)
+            with dead_workers_named():
+                self._loop()
         finally:
             self.log.close()
+
+    def _loop(self) -> None:
+        for step, group in enumerate(self._steps(), self.start + 1):
+            first = self._first_step() if step == self.start + 1 else None
+            self._step(step, group, first)
+            if self._due(step, self.cfg.log.every_steps) or first is not None:
+                self._flush()
+            if first is not None:
+                self.log.say(verify.table(self.engine, first, self._arithmetic()))
+            if self._validation_due(step):
+                self._flush()
+                self._validate(step)
+            if self._save_due(step):
+                self._flush()
+                self._save(step)
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of this rank, step by step; the time spent waiting for them is counted."""
