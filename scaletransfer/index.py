@@ -197,8 +197,9 @@ def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = N
     """The same index made in memory over image files as they lie, each a "shard" with one image at offset 0.
 
     `source` is an opened source (its options choose the views), `salt` makes the keys.  Without `image` the
-    headers of 32 images spread over the records tell channels and bit depth.  Raises ValueError for records
-    with the same key and for image files that are missing (naming the first and their number).
+    headers of up to 2,048 images spread over the records tell channels and bit depth (`records.probe_images`).
+    Raises ValueError for records with the same key, for image files that are missing (naming the first and their
+    number) and for a file among those 2,048 that is not an image (naming it).
     """
     by_split: dict[str, list[RecordLike]] = {}
     for record in source:

@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image
 
 from scaletransfer import labels
+from scaletransfer.decode import decode
 from scaletransfer.index import ShardIndex
-from scaletransfer.order import Order, rank_positions, sample_seed
+from scaletransfer.order import Positions, rank_positions, sample_seed
 from scaletransfer.transforms import seeded
 
 Batch = dict[str, Tensor]
 _OPEN_FILES = 64
 _TAR_BLOCK = 512
+_CUT_SHARD = "it is truncated, make the shards again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {"_files": OrderedDict()}
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
+    def read(self, path: str, offset: int, size: int, why: str = _CUT_SHARD) -> bytes:
         """Exactly ``size`` bytes at ``offset``. ValueError if the file is shorter, FileNotFoundError if it is gone."""
         handle = self._files.pop(path, None)
         if handle is None:
@@ -112,10 +113,7 @@ class ShardReader:
             os.close(self._files.popitem(last=False)[1])
         data = os.pread(handle, size, offset)
         if len(data) != size:
-            raise ValueError(
-                f"{path} ends inside an image (offset {offset}, {len(data)} of {size} bytes): it is truncated, "
-                "make the shards again"
-            )
+            raise ValueError(f"{path} ends inside an image (offset {offset}, {len(data)} of {size} bytes): {why}")
         return data
 
 
@@ -129,20 +127,22 @@ class ShardDataset(Dataset[Batch]):
             seeded here by (seed, position).
         channels: 1 (grey) or 3.
         seed: of the run.
+        depth: 8 for uint8 images, 16 for uint16; None takes each source's own from its index.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        order: Order | None,
+        order: Positions | None,
         transform: Callable[[Tensor], Tensor],
         channels: int,
         seed: int,
+        depth: int | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
         self.transform = transform
-        self.mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        self.channels, self.depth = channels, depth
         self.seed = seed
         self.reader = ShardReader()
         self._starts = np.concatenate([[0], np.cumsum([len(s.index.table(s.split)) for s in self.sources])])
@@ -188,30 +188,52 @@ class ShardDataset(Dataset[Batch]):
         }
 
     def _image(self, position: int, source: Source, row: int) -> tuple[Tensor, int]:
-        entry = source.index.table(source.split)[row]
-        path = str(source.index.path(source.split, int(entry["shard"])))
-        offset, size = int(entry["offset"]), int(entry["size"])
-        # The tar header before the image names the sample: another data set's shard may well have the same size.
-        header = 0 if source.index.in_memory else _TAR_BLOCK
-        data = self.reader.read(path, offset - header, size + header)
-        if header:
-            wanted = f"{source.index.keys(source.split, [row])[0]}.{source.index.image.extension}"
-            if data[:100].split(b"\0", 1)[0] != wanted.encode():
-                raise ValueError(
-                    f"{path} does not hold {wanted} at offset {offset}: it is the shard of another data set, or was "
-                    "changed; make the folder again with make_shards --overwrite"
-                )
-            data = data[header:]
+        index = source.index
+        data = read_image(self.reader, index, source.split, row)
         try:
-            decoded = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=self.mode)
-        except RuntimeError as error:
-            key = source.index.keys(source.split, [row])[0]
-            raise ValueError(
-                f"image {key} in {path} at offset {offset} cannot be decoded ({_reason(error)}): the shard "
-                "is damaged, check it with `scaletransfer shards verify`"
-            ) from error
+            decoded = decode(data, self.channels, self.depth or index.image.bit_depth)
+        except ValueError as error:
+            where = image_place(index, source.split, row)
+            mend = (
+                "replace or remove it, or make shards, which leave such images out"
+                if index.in_memory
+                else "the shard is damaged, check it with `scaletransfer shards verify`"
+            )
+            raise ValueError(f"{where} cannot be decoded ({error}): {mend}") from error
         with seeded(sample_seed(self.seed, position)):
-            return self.transform(decoded), size
+            return self.transform(decoded), len(data)
+
+
+def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> bytes:
+    """The bytes of the image file of one table row.
+
+    Raises:
+        ValueError: the file is shorter than the index says, or a shard holds something else there.
+        FileNotFoundError: the file is gone.
+    """
+    entry = index.table(split)[row]
+    path = str(index.path(split, int(entry["shard"])))
+    offset, size = int(entry["offset"]), int(entry["size"])
+    if index.in_memory:
+        return reader.read(path, offset, size, "it was changed after it was listed")
+    # The tar header before the image names the sample: another data set's shard may well have the same size.
+    data = reader.read(path, offset - _TAR_BLOCK, size + _TAR_BLOCK)
+    wanted = f"{index.keys(split, [row])[0]}.{index.image.extension}"
+    if data[:100].split(b"\0", 1)[0] != wanted.encode():
+        raise ValueError(
+            f"{path} does not hold {wanted} at offset {offset}: it is the shard of another data set, or was "
+            "changed; make the folder again with make_shards --overwrite"
+        )
+    return data[_TAR_BLOCK:]
+
+
+def image_place(index: ShardIndex, split: str, row: int) -> str:
+    """Where the image of a table row lies, for error sentences: its file, or its key, shard and offset."""
+    entry = index.table(split)[row]
+    path = index.path(split, int(entry["shard"]))
+    if index.in_memory:
+        return str(path)
+    return f"image {index.keys(split, [row])[0]} in {path} at offset {int(entry['offset'])}"
 
 
 class StepSampler(Sampler[list[int]]):
@@ -305,8 +327,3 @@ def dead_workers_named() -> Iterator[None]:
 def _finished(batch: Any) -> Any:
     """``__getitems__`` has already made the batch."""
     return batch
-
-
-def _reason(error: RuntimeError) -> str:
-    """The decoder's own words without the line of its source file that it puts before them."""
-    return str(error).splitlines()[0].split(".cpp:")[-1].split(", ", 1)[-1].split(". ")[0].rstrip(".")

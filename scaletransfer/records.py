@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from scaletransfer import keys as sample_keys
 from scaletransfer.files import inside
+
+_PROBE_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,24 +101,40 @@ def image_sizes(root: Path, records: Sequence[RecordLike]) -> list[int]:
     return sizes
 
 
-def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 32) -> ImageInfo:
-    """Image settings from the headers of `probes` images spread over `records`; ValueError if one is none."""
+def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) -> ImageInfo:
+    """Image settings from the headers of up to `probes` images, spread evenly over `records`.
+
+    One colour image makes the set a colour set; it is a 16-bit set if all are grey and one of them has 16 bits.
+    Raises ValueError, naming the first such file, if one is not an image.
+    """
     from PIL import Image  # lazily: reading an index must not need Pillow
 
-    chosen = np.unique(np.linspace(0, len(records) - 1, probes).astype(int))
-    modes = set()
-    for row in chosen:
+    def mode(record: RecordLike) -> str:
+        """Pillow's name of the pixel format, "" where the file is not an image."""
         try:
-            with Image.open(root / records[row].image) as picture:
-                modes.add(picture.mode)
-        except OSError:
-            raise ValueError(f"{root / records[row].image} is not an image that can be read; replace it") from None
+            with Image.open(root / record.image) as picture:
+                return picture.mode
+        except MemoryError:
+            raise
+        except Exception:  # Pillow's readers of headers raise OSError, SyntaxError, struct.error, ...
+            return ""
+
+    step = max(1.0, len(records) / probes)
+    chosen = [records[int(number * step)] for number in range(min(len(records), probes))]
+    Image.init()  # not in several threads at once
+    # Threads do not hasten Pillow, but hide how long a network file system takes to open a file.
+    with warnings.catch_warnings(), ThreadPoolExecutor(_PROBE_THREADS) as pool:
+        warnings.simplefilter("ignore")  # half of Pillow's limit of pixels gives a warning only
+        modes = list(pool.map(mode, chosen))
+    if "" in modes:
+        raise ValueError(f"{root / chosen[modes.index('')].image} is not an image that can be read; replace it")
     suffixes = {Path(record.image).suffix.lower().replace("jpeg", "jpg")[1:] for record in records}
-    depth = 16 if any(mode.startswith("I") for mode in modes) else 8
+    grey = all(mode in ("1", "L", "LA") or mode.startswith("I") for mode in modes)
+    depth = 16 if grey and any(mode.startswith("I") for mode in modes) else 8
     return ImageInfo(
         extension=suffixes.pop() if len(suffixes) == 1 else "",
         size=0,
-        channels=1 if all(mode in ("1", "L", "I", "I;16", "I;16B") for mode in modes) else 3,
+        channels=1 if grey else 3,
         bit_depth=depth,
         pixel_max=2**depth - 1,
     )

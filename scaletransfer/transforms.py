@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as tvf
 Protocol = Literal["paper", "corrected"]
 Decoded = Image.Image | np.ndarray | Tensor
 _CROP_RATIO = 256 / 224  # of ImageNet's evaluation: Resize(256), CenterCrop(224)
+_ELONGATED = 8  # longest side in short sides that `bit_transform` resizes as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,31 @@ def build_transform(
     if options.randaugment:
         steps.append(v2.RandAugment(options.randaugment_ops, options.randaugment_magnitude))
     return v2.Compose(steps)
+
+
+def bit_transform(train: bool, precrop: int, crop: int, *, square: bool, flip: float) -> Callable[[Tensor], Tensor]:
+    """The pipeline for fine-tuning by BiT-HyperRule: uint8 or uint16 [1 or 3, H, W] -> the same, of side `crop`.
+
+    Training: antialiased bilinear resize to precrop x precrop pixels (`square`, as BiT does: arXiv 1912.11370,
+    section 3.3, and bit_pytorch/train.py of https://github.com/google-research/big_transfer) or of the short side to
+    precrop (not `square`, the published transfer code), a uniform random crop, a horizontal flip with probability
+    `flip`.  Evaluation: resize to crop x crop, nothing drawn.  BiT resizes Pillow images; the largest difference
+    from that is one level of 8 bits.
+
+    Without `square`, a picture more than eight times as long as wide first loses what lies outside of a window of
+    eight times its short side: its place along the long side is that of the crop, so that crops stay uniform over
+    the whole picture, and the resized picture has a bounded size.
+
+    Raises ValueError for a crop below 1 or above precrop and for a flip that is no probability; the pipeline itself
+    for an image of another type or shape.
+    """
+    if not 1 <= crop <= precrop:
+        raise ValueError(f"The crop must have 1 pixel or more and fit into the resized image, not {crop} of {precrop}.")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"transform flip must be a probability, not {flip}.")
+    if not train:
+        return v2.Compose([_grey_or_rgb, _Resize(crop)])
+    return v2.Compose([_grey_or_rgb, _PrecropCrop(precrop, crop, square), v2.RandomHorizontalFlip(flip)])
 
 
 @contextmanager
@@ -205,11 +231,57 @@ class _SquareResize(v2.Transform):
         square = inpt[..., top : top + side, left : left + side]
         if side == self.size:
             return square.contiguous()
-        target = [self.size, self.size]
-        if inpt.dtype == torch.uint8:
-            return tvf.resize(square, target, antialias=True)
-        # uint16 has few kernels of its own.
-        return _to_dtype(tvf.resize(square.float(), target, antialias=True), inpt.dtype)
+        return _resized(square, self.size, self.size)
+
+
+class _Resize(v2.Transform):
+    """To `size` x `size`, whatever the proportions."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _resized(inpt, self.size, self.size)
+
+
+class _PrecropCrop(v2.Transform):
+    """Resize, then cut out crop x crop pixels, every place equally likely; see `bit_transform`."""
+
+    def __init__(self, precrop: int, crop: int, square: bool) -> None:
+        super().__init__()
+        self.precrop, self.crop, self.square = precrop, crop, square
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        down, across = torch.rand(2, dtype=torch.float64).tolist()
+        return {"down": down, "across": across}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if self.square:
+            resized = _resized(inpt, self.precrop, self.precrop)
+        else:
+            longest = _ELONGATED * min(inpt.shape[-2:])
+            window = _cut(inpt, min(inpt.shape[-2], longest), min(inpt.shape[-1], longest), params)
+            height, width = window.shape[-2:]
+            short = min(height, width)
+            # Rounded down, as torchvision's and the published code's Resize does.
+            resized = _resized(window, self.precrop * height // short, self.precrop * width // short)
+        return _cut(resized, self.crop, self.crop, params).contiguous()
+
+
+def _cut(pixels: Tensor, height: int, width: int, params: dict[str, float]) -> Tensor:
+    """The part [..., height, width] that lies at the shares `down` and `across` of the places it can have."""
+    top = int(params["down"] * (pixels.shape[-2] - height + 1))
+    left = int(params["across"] * (pixels.shape[-1] - width + 1))
+    return pixels[..., top : top + height, left : left + width]
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bilinear, in the dtype of `pixels`."""
+    if pixels.dtype == torch.uint8:
+        return tvf.resize(pixels, [height, width], antialias=True)
+    # uint16 has few kernels of its own.
+    return _to_dtype(tvf.resize(pixels.float(), [height, width], antialias=True), pixels.dtype)
 
 
 def _xray_affine(protocol: str, options: TransformOptions) -> ReflectedAffine:
@@ -239,6 +311,14 @@ def _grey_tensor(image: Decoded) -> Tensor:
     # ITU-R 601-2, as in Pillow's conversion to "L".
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     return _to_dtype((pixels.float() * weights).sum(0, keepdim=True), pixels.dtype)
+
+
+def _grey_or_rgb(image: Decoded) -> Tensor:
+    """A decoded image of one or three channels, as it is."""
+    pixels = _tensor(image)
+    if len(pixels) not in (1, 3):
+        raise ValueError(f"An image must have 1 or 3 channels, not the shape {tuple(pixels.shape)}.")
+    return pixels
 
 
 def _rgb_tensor(image: Decoded) -> Tensor:

@@ -150,6 +150,31 @@ def test_16_bits_stay_16_bits(tmp_path):
     assert training["image"].dtype == torch.uint16 and training["image"].to(torch.int32).max() > 255
 
 
+@pytest.mark.parametrize("depth", [None, 8, 16])
+def test_depth_decides_the_bits_of_loose_files(tmp_path, depth):
+    """A folder of 8- and 16-bit grey images gives batches of one type; None is the depth of its index."""
+    for number in range(4):
+        draw_image(tmp_path / f"{number}.png", number, mode="I;16" if number % 2 else "L")
+        (tmp_path / f"{number}.png").rename(tmp_path / f"{number}.jpg")  # the name decides nothing
+    index = from_records(Findings(tmp_path, count=4), SALT)
+    assert (index.image.channels, index.image.bit_depth) == (1, 16)
+    data = ShardDataset([source(index)], None, lambda image: image[:, :40, :40], 1, 0, depth=depth)
+    images = data.__getitems__([0, 1, 2, 3])["image"]
+    assert images.dtype == (torch.uint8 if depth == 8 else torch.uint16)
+    for number in range(4):
+        pixels = np.asarray(Image.open(tmp_path / f"{number}.jpg"), dtype=np.int64)[:40, :40]
+        wanted = pixels * (1 if number % 2 else 257)
+        np.testing.assert_array_equal(images[number, 0].numpy(), np.round(wanted / 257) if depth == 8 else wanted)
+
+
+def test_16_bits_are_refused_for_natural_images(tmp_path):
+    for number in range(12):
+        draw_image(tmp_path / f"{number}.png", number, mode="I;16")
+        (tmp_path / f"{number}.png").rename(tmp_path / f"{number}.jpg")
+    with pytest.raises(ValueError, match="16-bit image was given to the pipeline for natural images"):
+        dataset([source(from_records(Findings(tmp_path), SALT))], kind="natural").__getitems__([0])
+
+
 # ---- augmentation by position
 
 
@@ -205,13 +230,13 @@ def test_resuming_decodes_nothing_that_was_seen(shards, monkeypatch):
     data = dataset([source(load_index(shards))])
     whole = by_position(epoch(data, 1, 2, 3, 0))
     decoded = []
-    original = loader.decode_image
+    original = loader.decode
 
-    def count(data: Tensor, **options) -> Tensor:
+    def count(data: bytes, *options) -> Tensor:
         decoded.append(len(data))
-        return original(data, **options)
+        return original(data, *options)
 
-    monkeypatch.setattr(loader, "decode_image", count)
+    monkeypatch.setattr(loader, "decode", count)
     resumed = by_position(epoch(data, 1, 2, 3, 0, start=36))
     assert resumed == {position: what for position, what in whole.items() if position >= 36}
     assert len(decoded) == len(resumed) == (96 - 36) // 2

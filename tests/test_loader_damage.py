@@ -12,7 +12,7 @@ import pytest
 from helpers_data import SALT, make_image_folder
 from helpers_loader import dataset, small_chexpert, small_shards, source
 
-from scaletransfer.index import ShardIndex, load_index
+from scaletransfer.index import ShardIndex, from_records, load_index
 from scaletransfer.loader import (
     StepSampler,
     batches,
@@ -100,6 +100,43 @@ def test_a_shard_file_that_is_gone(folder, workers):
     assert "train-000002.tar" in sentence(caught)
     with pytest.raises(ValueError, match=r"train-000002\.tar"):
         load_index(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loose_files_are_named_with_the_mend_that_fits_them(tmp_path, workers):
+    root = make_image_folder(tmp_path / "images", classes=("one",), per_class=48, splits=("train",), suffix=".png")
+    path = root / "train" / "one" / "img_7.png"
+    whole = path.read_bytes()
+    for damaged, reason in (
+        (whole[:300] + bytes([whole[300] ^ 1]) + whole[301:], "cannot be decoded (it is broken: "),
+        (whole[: len(whole) // 2], "cannot be decoded (it is truncated)"),
+    ):
+        path.write_bytes(damaged)
+        index = from_records(open_source("image_folder", root), SALT)
+        with pytest.raises(ValueError, match="replace or remove it, or make shards, which leave such") as caught:
+            read_all(index, workers)
+        assert f"{path} {reason}" in sentence(caught) and "offset" not in str(caught.value)
+    path.write_bytes(whole)
+    index = from_records(open_source("image_folder", root), SALT)
+    path.write_bytes(whole[:200])
+    with pytest.raises(
+        ValueError, match=r"img_7\.png ends inside an image .*: it was changed after it was listed"
+    ) as caught:
+        read_all(index, workers)
+    sentence(caught)
+
+
+def test_a_damaged_png_in_a_shard_does_not_end_the_process(tmp_path):
+    root = make_image_folder(tmp_path / "images", classes=("one",), per_class=48, splits=("train",), suffix=".png")
+    build(plan_shards(open_source("image_folder", root), SALT), tmp_path / "shards")
+    index = load_index(tmp_path / "shards")
+    row = index.table("train")[5]
+    with index.path("train", int(row["shard"])).open("r+b") as handle:
+        handle.seek(int(row["offset"]) + 200)
+        handle.write(b"\x55\xaa")
+    with pytest.raises(ValueError, match=r"cannot be decoded \(it is broken.*shards verify") as caught:
+        read_all(index, 0)
+    assert index.keys("train", [5])[0] in sentence(caught)
 
 
 def test_a_pickle_in_place_of_an_image_is_not_executed(folder, tmp_path):

@@ -1,0 +1,191 @@
+"""The bytes of one image file -> an integer tensor, whatever kind of file it is; or one reason why not.
+
+JPEG goes through torchvision's decoder: it gives the same pixels as Pillow's in half to three quarters of the time.
+Everything else, and a JPEG with something special about it, goes through Pillow.  PNG in particular: torchvision
+0.29.1 ends the process with a segmentation fault where one byte of the compressed pixels is wrong.  torchvision calls
+its decoders deprecated in favour of torchcodec; without them Pillow alone would do, bit for bit.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from scaletransfer.shard_image import READ_FORMATS
+
+_GREY_MODES = ("1", "L", "LA", "La")
+# EXIF 2.32, section 4.6.4 (Orientation) -> what makes the picture upright; 1 needs nothing.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, channels: int, depth: int = 8) -> Tensor:
+    """The upright picture in the image file `data`: uint8 (depth 8) or uint16 (depth 16) [channels, H, W].
+
+    JPEG, PNG, WebP, BMP, TIFF, GIF and PPM/PGM of 1 to 16 bits a channel; of an animation, the first frame.
+    EXIF orientation is applied.  Transparency is dropped without a background, as Pillow's `convert("RGB")` does:
+    pixels behind it show the colour that the file has for them.  Embedded colour profiles are not applied.
+
+    channels: 1 gives grey (ITU-R 601-2 luma; of a JPEG its own luma plane), 3 gives RGB, grey repeated.
+    depth: 8-bit values become value * 257, 16-bit values round(value / 257).  Of 16-bit colour
+    (PNG, TIFF) and of 16-bit grey with transparency Pillow keeps the upper 8 bits.
+
+    Raises ValueError with a reason that names no file: empty, broken, truncated, of an unknown kind, of pixels that
+    are no 8- or 16-bit values, or claiming more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels (179 million).
+    """
+    assert channels in (1, 3) and depth in (8, 16)
+    # Opening a file in Pillow costs as much as decoding a thumbnail: ordinary JPEGs go without.
+    picture = None if _is_plain_jpeg(data) else _open(data)
+    pixels = None
+    if picture is None or _is_ordinary(picture):
+        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        try:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        except RuntimeError:
+            # Pillow has the last word, as it has in make_shards; it also knows the better reasons.
+            pixels = None
+    if pixels is None:
+        pixels = _by_pillow(picture or _open(data), channels)
+    return _fit(pixels, channels, depth)
+
+
+def image_size(data_or_head: bytes) -> tuple[int, int]:
+    """(height, width) in pixels of the upright picture, from the header of an image file.
+
+    The first 64 KiB are enough for nearly every file; TIFF may keep its header at the end, and WebP is always
+    needed whole.  Raises ValueError with a reason that names no file where the header is not (all) there.
+    """
+    picture = _open(data_or_head)
+    width, height = picture.size
+    # Pillow gives a TIFF's size upright already, and would decode a whole PNG in search of an orientation after the
+    # pixels (where that is, height and width come out the other way round).
+    readable = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
+    return (width, height) if readable and _orientation(picture) >= 5 else (height, width)
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether `data` starts as a JPEG of 8-bit grey or colour without EXIF or XMP and of a possible size.
+
+    Segments as in ITU-T T.81, annex B; anything out of the ordinary is False.
+    """
+    if data[:2] != b"\xff\xd8":
+        return False
+    at, plain = 2, False
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended and progressive frames
+            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+            plain = bits == 8 and 0 < height * width <= _most_pixels() and components in (1, 3)
+        elif marker == 0xDA:  # start of the first scan
+            return plain
+        elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not (0xE0 <= marker <= 0xEF and marker != 0xE1):
+            return False
+        at += 2 + length
+    return False
+
+
+def _most_pixels() -> int:
+    """Pillow's limit, above which it calls a file a decompression bomb."""
+    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 2**62
+
+
+def _is_ordinary(picture: Image.Image) -> bool:
+    """Whether an opened file is an upright JPEG in grey or colour."""
+    return picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB") and _orientation(picture) == 1
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("the file is empty")
+    with _reasons():
+        Image.init()  # once: `formats` may name plugins only after they are loaded
+        return Image.open(io.BytesIO(data), formats=READ_FORMATS)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """1 to 8; 1 where the file has none that can be read: broken EXIF must not cost the picture."""
+    try:
+        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _by_pillow(picture: Image.Image, channels: int) -> Tensor:
+    """uint8 or uint16, [1, H, W] or [3, H, W]."""
+    with _reasons():
+        if channels == 1:
+            picture.draft("L", None)  # a JPEG's own luma plane, as torchvision gives it
+        picture.load()
+        orientation = _orientation(picture)
+        if orientation != 1:
+            picture = picture.transpose(_UPRIGHT[orientation])
+        integers = picture.mode == "F" or picture.mode.startswith("I")
+        mode = "L" if picture.mode in _GREY_MODES else "RGB"
+        if not integers and picture.mode != mode:
+            picture = picture.convert(mode)
+        array = np.array(picture)
+    if integers:
+        return _integers(array)
+    pixels = torch.from_numpy(array)
+    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+
+
+def _integers(values: np.ndarray) -> Tensor:
+    """uint16 [1, H, W] of what Pillow calls I, I;16, I;16B or F; ValueError for other values than 16-bit integers."""
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are not 8- or 16-bit values; save it as PNG with 8 or 16 bits")
+    return torch.from_numpy(values.astype(np.uint16))[None]
+
+
+def _fit(pixels: Tensor, channels: int, depth: int) -> Tensor:
+    """Any uint8 or uint16 [1 or 3, H, W] -> the asked-for number of channels and bits."""
+    if channels == 1 and len(pixels) == 3:
+        # Pillow's conversion to "L" in its own fixed-point numbers, so that both ways give the same.
+        wide = pixels.to(torch.int64)
+        luma = (wide[:1] * 19595 + wide[1:2] * 38470 + wide[2:] * 7471 + 0x8000) >> 16
+        pixels = luma.to(pixels.dtype)
+    if depth == 8 and pixels.dtype == torch.uint16:
+        pixels = ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
+    if depth == 16 and pixels.dtype == torch.uint8:
+        pixels = (pixels.to(torch.int32) * 257).to(torch.uint16)
+    return pixels.expand(3, -1, -1).contiguous() if channels == 3 and len(pixels) == 1 else pixels
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever Pillow raises inside comes out as a ValueError with a reason."""
+    try:
+        with warnings.catch_warnings():
+            # Half of the limit of pixels gives a warning only, and such radiographs exist.
+            warnings.simplefilter("ignore")
+            yield
+    except UnidentifiedImageError:
+        raise ValueError("it is not an image of a known format, or its header is cut off") from None
+    except Image.DecompressionBombError:
+        raise ValueError("it claims more pixels than can be real") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files.
+        text = " ".join(str(error).split())
+        truncated = isinstance(error, EOFError) or "truncated" in text.lower()
+        raise ValueError("it is truncated" if truncated else f"it is broken: {text or type(error).__name__}") from None

@@ -1,0 +1,113 @@
+"""Looks at images before a run: can all of them be decoded, and how large are they?
+
+Both read the images where the loader reads them: loose files or shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from scaletransfer.decode import decode, image_size
+from scaletransfer.index import ShardIndex
+from scaletransfer.loader import ShardReader, Source, dead_workers_named, image_place, read_image
+
+_BATCH = 16  # images a worker process answers for at a time
+_NAMED = 5  # unreadable images that the sentence names
+_HEAD = 64 * 1024  # bytes; headers end before, but for large EXIF, most TIFF and all WebP
+_THREADS = 16
+
+
+def check_images(
+    sources: Sequence[Source], rows: Sequence[NDArray[np.integer]], *, channels: int, depth: int, workers: int
+) -> None:
+    """Decode every given image once, so that a run does not end at a broken one after hours.
+
+    rows[i] are rows of the table of sources[i] (repeated rows are decoded once).  channels and depth are those that
+    the run decodes to.  `workers` processes decode; with 0 this one does.  Progress is shown on a terminal.
+
+    Raises ValueError that names the first five images that cannot be read, with reasons, and how many there are; or
+    that a process has died.
+    """
+    places = [(number, int(row)) for number, chosen in enumerate(rows) for row in np.unique(chosen)]
+    loader = DataLoader(
+        _Problems(sources, places, channels, depth),
+        batch_size=_BATCH,
+        collate_fn=list,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
+    problems: list[str] = []
+    with dead_workers_named(), tqdm(total=len(places), unit="img", desc="checking images", disable=None) as bar:
+        for batch in loader:
+            problems += [problem for problem in batch if problem]
+            bar.update(len(batch))
+    if problems:
+        more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        loose = all(source.index.in_memory for source in sources)
+        mend = "replace or remove them, or make shards, which leave such images out"
+        raise ValueError(
+            f"{len(problems)} of {len(places)} images cannot be read: {'; '.join(problems[:_NAMED])}{more}: "
+            f"{mend if loose else 'the shards are damaged, make them again'}"
+        )
+
+
+def probe_areas(index: ShardIndex, split: str, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Height and width in pixels of the images of table rows, int64 [n, 2], from their headers alone.
+
+    Reads 64 KiB of each image, and the whole of those whose header is longer.  Raises ValueError that names the
+    first image that has no readable header, and for a file that is gone.
+    """
+
+    def size(row: int) -> tuple[int, int]:
+        entry = index.table(split)[row]
+        path = index.path(split, int(entry["shard"]))
+        try:
+            with open(path, "rb") as file:  # not ShardReader: its open files belong to one thread
+                file.seek(int(entry["offset"]))
+                data = file.read(min(_HEAD, int(entry["size"])))
+                try:
+                    return image_size(data)
+                except ValueError:
+                    return image_size(data + file.read(int(entry["size"]) - len(data)))
+        except (ValueError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"{image_place(index, split, row)} cannot be read ({reason}): replace or remove it, or make the "
+                "shards again"
+            ) from error
+
+    index.table(split)  # opened and checked once, not by each thread
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sizes = list(pool.map(size, (int(row) for row in rows)))
+    return np.array(sizes, dtype=np.int64).reshape(-1, 2)
+
+
+class _Problems(Dataset[str]):
+    """One sentence part for each image that cannot be used, "" for the others."""
+
+    def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]], channels: int, depth: int) -> None:
+        self.sources, self.places = tuple(sources), places
+        self.channels, self.depth = channels, depth
+        self.reader = ShardReader()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> str:
+        which, row = self.places[number]
+        source = self.sources[which]
+        try:
+            data = read_image(self.reader, source.index, source.split, row)
+        except (ValueError, OSError) as error:
+            return str(error)
+        try:
+            decode(data, self.channels, self.depth)
+        except ValueError as error:
+            return f"{image_place(source.index, source.split, row)} ({error})"
+        return ""
