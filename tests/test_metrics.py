@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from scaletransfer.metrics import PER_CLASS, multiclass_report, multilabel_report
+from scaletransfer import metrics
+from scaletransfer.metrics import PER_CLASS, multiclass_report, multilabel_report, ranking
 
 NAMES = ("Atelectasis", "Edema", "Effusion", "Absent", "Always", "Unknown")
 
@@ -135,6 +140,44 @@ def test_multiclass_equals_scikit_learn_class_by_class(from_logits: bool) -> Non
     assert abs(report["accuracy"] - sk.accuracy_score(target, predicted)) < 1e-12
     tops = [sorted(range(8), key=lambda c: (-logits[i, c], c))[:5] for i in range(250)]
     assert report["accuracy_top5"] == np.mean([target[i] in tops[i] for i in range(250)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(-4, 4)), min_size=2, max_size=40))
+def test_ranking_equals_scikit_learn_with_ties(rows: list[tuple[bool, int]]) -> None:
+    truth, score = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], dtype=np.float64)
+    if len(set(truth.tolist())) < 2:
+        return
+    auroc, precision = ranking(np.sort(score[truth]), np.sort(score))
+    assert abs(auroc - sk.roc_auc_score(truth, score)) < 1e-9
+    assert abs(precision - sk.average_precision_score(truth, score)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_multiclass_in_blocks_equals_one_block(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    scores, target = rng.normal(size=(37, 11)).astype(kind), rng.integers(0, 11, 37)
+    names = [str(i) for i in range(11)]
+    whole = multiclass_report(scores, target, names)
+    assert whole == multiclass_report(scores.astype(np.float64), target, names)
+    for block in (1, 37 * 3, 100):
+        monkeypatch.setattr(metrics, "BLOCK", block)
+        assert multiclass_report(scores, target, names) == whole
+
+
+def test_many_classes_cost_seconds_and_no_second_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 classes: two calls of scikit-learn for each take about 20 s; the table alone is 32 MB in float64."""
+    monkeypatch.setattr(metrics, "BLOCK", 1 << 16)
+    rng = np.random.default_rng(10)
+    scores, target = rng.standard_normal((2000, 2000), dtype=np.float32), rng.integers(0, 2000, 2000)
+    names = [str(i) for i in range(2000)]
+    tracemalloc.start()
+    start = time.process_time()
+    report = multiclass_report(scores, target, names)
+    spent, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert spent < 6 and peak < 12e6
+    assert report["mean_classes"] == len(set(target.tolist()))
 
 
 def test_multiclass_top5_against_scikit_learn_without_ties() -> None:

@@ -1,0 +1,209 @@
+"""Bootstrap intervals of the metrics of one validation set: how far they would move with other patients or images.
+
+A test set of 121 images moves by 0.83 points with each of them, so a number without an interval says little there. A
+resample is never built: the scores of a class are sorted once, and each resample is a row of weights, how often it drew
+each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from scaletransfer.metrics import (
+    Booleans,
+    Floats,
+    Integers,
+    check_multiclass,
+    check_multilabel,
+    class_scores,
+    rank_of_target,
+)
+
+CHUNK = 1 << 18  # weights (resamples x images) that are worked on together: 1 MB, which stays in the cache
+CLASS_LIMIT = 200
+
+
+def intervals(
+    scores: npt.ArrayLike,
+    target: npt.ArrayLike,
+    names: Sequence[str],
+    *,
+    task: str,
+    groups: npt.ArrayLike | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    from_logits: bool = True,
+    class_limit: int = CLASS_LIMIT,
+) -> dict[str, Any]:
+    """Percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3).
+
+    Args:
+        scores, target, names, from_logits: as in ``metrics.multilabel_report`` or ``metrics.multiclass_report``.
+        task: "multilabel" or "multiclass".
+        groups: int64 [n] patient codes: images of equal code are drawn together, as one unit; -1 is no known patient,
+            and such an image is a unit of its own. None: every image is a unit.
+        samples: how many resamples, each of as many units as there are.
+        seed: of numpy's Philox generator; the same seed gives the same intervals.
+        level: share of the resamples that lies inside an interval.
+        class_limit: with more classes than this, only the accuracy has an interval, the means and classes are left out
+            (None and {}): their cost is images x classes x resamples, about 7 s for 10,000 x 100 x 1,000.
+
+    Returns:
+        ``accuracy``, ``mean_auroc`` and ``mean_average_precision``: [low, high]; ``classes``: per name ``auroc`` and
+        ``average_precision``, the same; ``unit`` ("patient" or "image"), ``units`` (their number), ``samples`` and
+        ``level``. A class that lacks an outcome in a resample takes no part in that resample's means, and its own
+        interval is over the resamples where it has both. Without any such resample, and where there are fewer than two
+        units to draw from, the interval is None.
+
+    Raises:
+        ValueError: what the reports refuse; groups that do not fit; samples, level or task out of range.
+    """
+    if samples < 1 or not 0 < level < 1:
+        raise ValueError(f"Bootstrap intervals need samples >= 1 and 0 < level < 1, not {samples} and {level}.")
+    if task == "multilabel":
+        table = check_multilabel(scores, target, names)
+        predicted = table.score > (0.0 if from_logits else 0.5)
+        right = ((predicted == (table.truth == 1)) & table.known).sum(axis=1)
+        counted = table.known.sum(axis=1)
+        classes: Iterator[_Class] = (
+            _Class.of(table.score[:, c], table.truth[:, c] == 1, np.flatnonzero(table.known[:, c]))
+            for c in range(len(names))
+        )
+    elif task == "multiclass":
+        score, truth = check_multiclass(scores, target, names)
+        right, counted = (rank_of_target(score, truth)[0] < 1).astype(np.int64), np.ones_like(truth)
+        every = np.arange(len(truth))
+        columns = class_scores(score, from_logits=from_logits)
+        classes = (_Class.of(column, truth == c, every) for c, column in columns)
+    else:
+        raise ValueError(f"The task of bootstrap intervals must be multilabel or multiclass, not {task!r}.")
+    unit_of, patients = _units(groups, len(right))
+    units = int(unit_of.max()) + 1 if len(unit_of) else 0
+    ranked = list(classes) if len(names) <= class_limit else []
+    accuracy = np.full(samples, np.nan)
+    per_class = np.full((2, samples, len(ranked)), np.nan)
+    generator = np.random.Generator(np.random.Philox(seed))
+    step = max(1, CHUNK // max(1, len(right)))
+    for start in range(0, samples if units > 1 else 0, step):
+        chunk = slice(start, min(start + step, samples))
+        weights = _draws(generator, units, chunk.stop - start)[:, unit_of]
+        hits, total = weights @ right, weights @ counted
+        np.divide(hits, total, out=accuracy[chunk], where=total > 0)
+        for index, one in enumerate(ranked):
+            per_class[:, chunk, index] = one.rank(weights)
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    auroc, precision = per_class
+    return {
+        "accuracy": _interval(accuracy, ends),
+        "mean_auroc": _interval(_mean(auroc), ends),
+        "mean_average_precision": _interval(_mean(precision), ends),
+        "classes": {
+            name: {"auroc": _interval(auroc[:, i], ends), "average_precision": _interval(precision[:, i], ends)}
+            for i, name in enumerate(names[: len(ranked)])
+        },
+        "unit": "patient" if patients else "image",
+        "units": units,
+        "samples": samples,
+        "level": level,
+    }
+
+
+class _Class(NamedTuple):
+    """A class's images from the highest score down, and where its positives stand among them.
+
+    Images of equal score are one step of the curve; only the steps with a positive add to a metric. For each of these,
+    ``first``/``last`` are how many images score higher / at least as high, and ``own_first``/``own_last`` how many
+    positives do.
+    """
+
+    order: Integers
+    positives: Integers
+    first: Integers
+    last: Integers
+    own_first: Integers
+    own_last: Integers
+
+    @classmethod
+    def of(cls, score: Floats, positive: Booleans, rows: Integers) -> _Class:
+        """From score and outcome of all images [n], and the rows of those where the class is known."""
+        order = rows[np.argsort(-score[rows], kind="stable")]
+        descending, hit = -score[order], positive[order]
+        steps = np.unique(descending[hit])
+        return cls(
+            order,
+            order[hit],
+            np.searchsorted(descending, steps, "left"),
+            np.searchsorted(descending, steps, "right"),
+            np.searchsorted(descending[hit], steps, "left"),
+            np.searchsorted(descending[hit], steps, "right"),
+        )
+
+    def rank(self, weights: npt.NDArray[np.int32]) -> tuple[Floats, Floats]:
+        """AUROC and average precision [b] under draw counts int32 [b, n]; NaN where an outcome was not drawn.
+
+        The sums of ``metrics.ranking``, with every image counted as often as it was drawn.
+        """
+        nothing = np.full(len(weights), np.nan)
+        if not len(self.first):
+            return nothing, nothing
+        every, own = _running(weights, self.order), _running(weights, self.positives)
+        positives, negatives = own[:, -1].astype(np.float64), (every[:, -1] - own[:, -1]).astype(np.float64)
+        above, at_least = every[:, self.first], every[:, self.last]
+        own_above, own_at_least = own[:, self.own_first], own[:, self.own_last]
+        drawn = (own_at_least - own_above).astype(np.float64)
+        beaten = drawn * (2 * negatives[:, None] - (at_least - own_at_least) - (above - own_above))
+        precision = drawn * own_at_least / np.maximum(at_least, 1)
+        defined = (positives > 0) & (negatives > 0)
+        return (
+            np.divide(beaten.sum(axis=1), 2 * positives * negatives, out=nothing.copy(), where=defined),
+            np.divide(precision.sum(axis=1), positives, out=nothing, where=defined),
+        )
+
+
+def _running(weights: npt.NDArray[np.int32], columns: Integers) -> npt.NDArray[np.int32]:
+    """Sums of the first 0, 1, ... of the named columns, per row."""
+    total = np.zeros((len(weights), len(columns) + 1), dtype=np.int32)
+    np.cumsum(np.take(weights, columns, axis=1, mode="clip"), axis=1, out=total[:, 1:])
+    return total
+
+
+def _draws(generator: np.random.Generator, units: int, samples: int) -> npt.NDArray[np.int32]:
+    """How often each unit was drawn: int32 [samples, units]. A resample's draws do not depend on its chunk."""
+    counts = np.empty((samples, units), dtype=np.int32)
+    for row in counts:
+        row[:] = np.bincount(generator.integers(units, size=units), minlength=units)
+    return counts
+
+
+def _units(groups: npt.ArrayLike | None, count: int) -> tuple[Integers, bool]:
+    """The unit of each image, numbered from 0, and whether any unit is a patient."""
+    if groups is None:
+        return np.arange(count), False
+    codes = np.asarray(groups)
+    if codes.shape != (count,) or (count and (codes.dtype.kind not in "iu" or codes.min() < -1)):
+        shape = f"shape {codes.shape} of {codes.dtype}"
+        raise ValueError(f"Patient codes must be {count} integers, -1 for no known patient, not {shape}.")
+    alone = codes == -1
+    known, numbers = np.unique(codes[~alone], return_inverse=True)
+    unit = np.empty(count, dtype=np.int64)
+    unit[~alone], unit[alone] = numbers, len(known) + np.arange(int(alone.sum()))
+    return unit, bool(len(known))
+
+
+def _mean(values: Floats) -> Floats:
+    """Mean over the classes [samples, L] that are defined; NaN where none is."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=1)
+    return np.divide(
+        np.where(defined, values, 0.0).sum(axis=1), count, out=np.full(len(values), np.nan), where=count > 0
+    )
+
+
+def _interval(values: Floats, ends: Sequence[float]) -> list[float] | None:
+    defined = values[~np.isnan(values)]
+    return [float(end) for end in np.quantile(defined, ends)] if len(defined) else None
