@@ -77,6 +77,22 @@ class StdConv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that stays in bf16 where its input is, under autocast too.
+
+    Autocast on CUDA would compute it in float32 and keep, for backward, a float32 input, a float32 ReLU output and
+    the bf16 copy of that for the convolution: twice the memory that fp32 training takes between two convolutions.
+    Engines that hold bf16 weights (FSDP2, ZeRO) run it in bf16 anyway; sums inside are float32 either way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, c, ...] -> the same shape and dtype."""
+        if x.dtype != torch.bfloat16 or self.weight.dtype == x.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class PreActBottleneck(nn.Module):
     """A residual unit: GroupNorm and ReLU come before each convolution, the stride sits on the 3x3.
 
@@ -88,11 +104,11 @@ class PreActBottleneck(nn.Module):
     def __init__(self, c_in: int, c_out: int, *, stride: int = 1, ws_eps: float) -> None:
         super().__init__()
         c_mid = c_out // 4
-        self.gn1 = nn.GroupNorm(GROUPS, c_in)
+        self.gn1 = GroupNorm(GROUPS, c_in)
         self.conv1 = StdConv2d(c_in, c_mid, 1, ws_eps=ws_eps)
-        self.gn2 = nn.GroupNorm(GROUPS, c_mid)
+        self.gn2 = GroupNorm(GROUPS, c_mid)
         self.conv2 = StdConv2d(c_mid, c_mid, 3, stride=stride, ws_eps=ws_eps)
-        self.gn3 = nn.GroupNorm(GROUPS, c_mid)
+        self.gn3 = GroupNorm(GROUPS, c_mid)
         self.conv3 = StdConv2d(c_mid, c_out, 1, ws_eps=ws_eps)
         self.downsample: StdConv2d | None = None
         if stride != 1 or c_in != c_out:
@@ -157,7 +173,7 @@ class BiT(nn.Module):
             self.body.add_module(f"block{block}", units)
         self.head = nn.Sequential(
             OrderedDict(
-                gn=nn.GroupNorm(GROUPS, c_in),
+                gn=GroupNorm(GROUPS, c_in),
                 relu=nn.ReLU(),
                 avg=nn.AdaptiveAvgPool2d(1),
                 conv=nn.Conv2d(c_in, num_classes, 1),
