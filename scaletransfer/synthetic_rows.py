@@ -109,10 +109,7 @@ def draw_rows(rng: np.random.Generator, count: int) -> list[Row]:
     patient = 0
     while len(rows) < count:
         patient += 1
-        sex, age = (
-            str(rng.choice(("Male", "Female"), p=(0.594, 0.406))),
-            int(np.clip(rng.normal(60, 18), 18, 90)),
-        )
+        sex, age = draw_person(rng)
         for study in range(1, int(rng.geometric(0.35)) + 1):
             states = _draw_states(rng)
             view = "AP" if rng.uniform() < 0.80 else "PA"
@@ -120,6 +117,12 @@ def draw_rows(rng: np.random.Generator, count: int) -> list[Row]:
             if rng.uniform() < (0.75 if view == "PA" else 0.05):
                 rows.append(Row(patient, study, "view2_lateral.jpg", sex, age, "Lateral", "", states))
     return rows
+
+
+def draw_person(rng: np.random.Generator) -> tuple[str, int]:
+    """(sex, age in years) with about the real table's shares."""
+    sex = str(rng.choice(("Male", "Female"), p=(0.594, 0.406)))
+    return sex, int(np.clip(rng.normal(60, 18), 18, 90))
 
 
 def _draw_states(rng: np.random.Generator) -> tuple[int, ...]:

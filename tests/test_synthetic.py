@@ -1,187 +1,14 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from scaletransfer import synthetic, synthetic_rows
+from scaletransfer import synthetic, synthetic_chexpert
 from scaletransfer.cli import run_command
-from scaletransfer.labels import CHEXPERT_COLUMNS
-from scaletransfer.sources import open_source
-from scaletransfer.synthetic import synthetic_chexpert
-from scaletransfer.synthetic_findings import CHEXPERT_EFFECTS, Effect
-from scaletransfer.synthetic_render import render
-from scaletransfer.synthetic_rows import HEADER, choose, draw_rows, truth
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def table(folder: Path, split: str) -> list[dict[str, str]]:
-    with open(folder / f"{split}.csv", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("synthetic") / "CheXpert-v1.0"
-    synthetic_chexpert(out, rows=200, seed=3, size=64, table="drawn")
-    return out
-
-
-def test_the_layout_is_the_official_one(small: Path) -> None:
-    train, valid = table(small, "train"), table(small, "valid")
-    assert len(train) + len(valid) == 200 and len(valid) == 20
-    assert tuple(train[0]) == tuple(valid[0]) == HEADER
-    listed = {row["Path"].removeprefix("CheXpert-v1.0/") for row in train + valid}
-    assert all(row["Path"].startswith("CheXpert-v1.0/train/patient") for row in train)
-    assert listed == {str(p.relative_to(small)) for p in small.rglob("*.jpg")}
-    records = list(open_source("chexpert", small, views="all"))  # refuses patients in both splits
-    assert len(records) == 200
-    sizes = set()
-    for record in records:
-        with Image.open(small / record.image) as image:
-            assert image.mode == "L" and image.format == "JPEG"
-            sizes.add(image.size)
-    assert len(sizes) > 50 and min(min(size) for size in sizes) >= 56
-
-
-def test_rows_hold_what_trying_needs(small: Path) -> None:
-    train, valid = table(small, "train"), table(small, "valid")
-    frontal = [row for row in train if row["AP/PA"] in ("PA", "AP")]
-    for column in CHEXPERT_COLUMNS[1:]:
-        assert {"1.0", "0.0", ""} <= {row[column] for row in train}, column
-        assert {"1.0", "0.0"} <= {row[column] for row in frontal}, column
-    assert any(row["Frontal/Lateral"] == "Lateral" for row in train)
-    assert any("-1.0" in row.values() for row in frontal)
-    assert any(row["No Finding"] == "1.0" for row in frontal)
-    assert {row[column] for row in valid for column in CHEXPERT_COLUMNS} == {"1.0", "0.0"}
-    both = [column for column in CHEXPERT_COLUMNS if len({row[column] for row in valid}) == 2]
-    assert len(both) >= 8
-    for row in valid:
-        sick = any(row[column] == "1.0" for column in CHEXPERT_COLUMNS[1:-1])
-        assert (row["No Finding"] == "1.0") != sick
-
-
-def test_equal_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
-    for name, workers in (("a", 1), ("b", 2)):
-        synthetic_chexpert(tmp_path / name, rows=40, seed=0, size=64, workers=workers, table="drawn")
-    synthetic_chexpert(tmp_path / "c", rows=40, seed=1, size=64, table="drawn")
-    assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
-
-
-def test_whole_patients_of_the_real_table() -> None:
-    path = synthetic_rows.real_table()
-    if path is None:
-        pytest.skip("torchxrayvision isn't installed")
-    rows = synthetic_rows.read_rows(path)
-    assert len(rows) == 223_414
-    train, valid = choose(rows, 500, np.random.default_rng(0))
-    assert len(train) == 450 and len(valid) == 50
-    whole = Counter(row.patient for row in rows)
-    chosen = Counter(row.patient for row in train + valid)
-    assert all(whole[patient] == count for patient, count in chosen.items())
-    assert not {row.patient for row in train} & {row.patient for row in valid}
-    known = set(rows)
-    assert set(train) | set(valid) <= known
-    assert [row.patient for row in train] == sorted(row.patient for row in train)
-    again = choose(rows, 500, np.random.default_rng(1))[0]
-    assert again != train
-
-
-def test_drawn_rows_have_about_the_real_shares() -> None:
-    rows = draw_rows(np.random.default_rng(0), 20_000)
-    states = np.array([row.states for row in rows])
-    column = CHEXPERT_COLUMNS.index("Pleural Effusion")
-    assert (states[:, column] == 1).mean() == pytest.approx(0.386 * 0.9, abs=0.03)
-    assert (states[:, 0] == 1).mean() == pytest.approx(0.10, abs=0.02)
-    assert 0.10 < np.mean([row.side == "Lateral" for row in rows]) < 0.20
-
-
-def test_truth_follows_the_labels_and_is_one_for_a_study() -> None:
-    rows = draw_rows(np.random.default_rng(0), 6_000)
-    seen: dict[int, list[bool]] = {1: [], 0: [], -1: [], -2: []}
-    for row in rows:
-        present = truth(row, 5)
-        healthy = row.states[0] == 1
-        for name, state in zip(CHEXPERT_COLUMNS[1:], row.states[1:], strict=True):
-            if not healthy:
-                seen[state].append(name in present)
-            elif name != "Support Devices":
-                assert name not in present
-        assert all(0.65 <= strength <= 1 for strength in present.values())
-    assert all(seen[1]) and not any(seen[0])
-    assert np.mean(seen[-1]) == pytest.approx(0.5, abs=0.05) and 0 < np.mean(seen[-2]) < 0.06
-    pairs = [(a, b) for a, b in pairwise(rows) if (a.patient, a.study) == (b.patient, b.study)]
-    assert pairs and all(truth(a, 5) == truth(b, 5) for a, b in pairs)
-
-
-def draw(findings: dict[str, float], *, view: str = "PA", patient: int = 1, study: int = 1, image: int = 1,
-         effects: dict[str, Effect] = CHEXPERT_EFFECTS) -> np.ndarray:  # fmt: skip
-    return render(
-        effects=effects,
-        findings=findings,
-        view=view,
-        sex="Female",
-        age=60,
-        size=(96, 110),
-        patient_seed=(patient,),
-        study_seed=(patient, study),
-        image_seed=(patient, study, image),
-    ).astype(int)
-
-
-@pytest.mark.parametrize("view", ["PA", "L"])
-@pytest.mark.parametrize("name", CHEXPERT_EFFECTS)
-def test_each_finding_changes_its_own_place(name: str, view: str) -> None:
-    for patient in range(3):
-        change = np.abs(draw({name: 0.9}, view=view, patient=patient) - draw({}, view=view, patient=patient))
-        assert change.max() > 15, "too weak to see"
-        assert (change > 8).mean() < 0.45, "everywhere"
-    assert set(CHEXPERT_EFFECTS) == set(CHEXPERT_COLUMNS[1:])
-
-
-def test_strength_counts() -> None:
-    plain = draw({})
-    for name in CHEXPERT_EFFECTS:
-        if name != "Support Devices":  # a tube is there or not
-            weak, strong = (np.abs(draw({name: s}) - plain).sum() for s in (0.3, 1.0))
-            assert strong > weak, name
-
-
-def test_patients_differ_and_stay_themselves() -> None:
-    assert (draw({}) == draw({})).all()
-
-    def shape(picture: np.ndarray) -> np.ndarray:
-        picture = picture - picture.mean()
-        return picture / np.sqrt((picture**2).sum())
-
-    same, other = [], []
-    for patient in range(6):
-        first = shape(draw({}, patient=patient))
-        same.append((first * shape(draw({}, patient=patient, study=2, image=2))).sum())
-        other.append((first * shape(draw({}, patient=patient + 1, study=2, image=2))).sum())
-    assert np.mean(same) > np.mean(other)
-    assert np.abs(draw({}) - draw({}, view="L")).mean() > 20
-
-
-def test_another_task_is_another_table() -> None:
-    def bright(canvas, rng, strength) -> None:
-        canvas.density += strength * canvas.blob(0, 0, 0.1)
-
-    effects = {"Spot": Effect(None, bright, bright)}
-    change = draw({"Spot": 0.8}, effects=effects) - draw({}, effects=effects)
-    assert change.max() > 15 and np.abs(change[:8]).max() == 0
 
 
 def test_refusals_leave_nothing_behind(
@@ -201,7 +28,7 @@ def test_refusals_leave_nothing_behind(
     assert "--size is 63" in command("--size", "63")
     assert "--seed is -1" in command("--seed", "-1")
     assert "--workers is 0" in command("--workers", "0")
-    monkeypatch.setattr(synthetic, "real_table", lambda: None)
+    monkeypatch.setattr(synthetic_chexpert, "real_table", lambda: None)
     assert "needs the package torchxrayvision" in command("--table", "real")
 
     def fail(*_: object, **__: object) -> None:
@@ -219,4 +46,35 @@ def test_the_command_says_where_rows_come_from(tmp_path: Path, capsys: pytest.Ca
     assert synthetic.main([*argv, "--workers", "1"]) == 0
     text = capsys.readouterr().out
     assert "27 training images" in text and "3 validation images" in text and "drawn rows" in text
-    assert table(out, "valid")[0]["Path"].startswith("CheXpert-v1.0-small/valid/patient")
+    with open(out / "valid.csv", newline="") as stream:
+        assert next(csv.DictReader(stream))["Path"].startswith("CheXpert-v1.0-small/valid/patient")
+
+
+def test_the_second_task_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["xray_folder", "--images-per-class", "2", "--valid-per-class", "1", "--out", str(tmp_path / "x")]
+    assert synthetic.main([*argv, "--size", "64", "--workers", "1"]) == 0
+    assert "10 training and 5 validation images" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("x/train/*/*.jpg"))) == 10 and len(list(tmp_path.glob("x/valid/*/*.jpg"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["xray_folder", "--rows", "40"], "--rows belongs to the source chexpert; xray_folder has --images-per-class"),
+        (["xray_folder", "--images-per-class", "2", "--table", "real"], "--table belongs to the source chexpert"),
+        (["chexpert", "--images-per-class", "0"], "--images-per-class belongs to the source xray_folder"),
+        (["chexpert", "--rows", "40", "--valid-per-class", "1"], "--valid-per-class belongs to the source xray_folder"),
+        (["chexpert"], "the source chexpert needs --rows"),
+        (["xray_folder", "--valid-per-class", "2"], "the source xray_folder needs --images-per-class"),
+        (["xray_folder", "--images-per-class", "0"], "--images-per-class is 0; it must be at least 1"),
+        (["xray_folder", "--images-per-class", "1", "--valid-per-class", "0"], "--valid-per-class is 0"),
+        (["xray_folders"], "there is no 'xray_folders', did you mean xray_folder?"),
+    ],
+)
+def test_options_that_do_not_fit_the_source(
+    argv: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(synthetic.main, [*argv, "--out", str(tmp_path / "new")]) == 2
+    said = capsys.readouterr().err
+    assert error in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
