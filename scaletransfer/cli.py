@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,11 +27,18 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "synthetic": Command("scaletransfer.synthetic:main", "draw a data set in an official layout, to try things with"),
+    "synthetic": Command("scaletransfer.synthetic:main", "draw a data set to try things with: CheXpert's layout, or a folder of images"),
     "make-shards": Command("scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"),
     "shards": Command("scaletransfer.shards:shards_main", "verify a folder of shards, or say what is in it"),
     "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),
     "pretrain": Command("scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"),
+    "finetune": Command(
+        "scaletransfer.finetune:main", "train a pre-trained network on another data set, few-shot or full"
+    ),
+    "evaluate": Command(
+        "scaletransfer.evaluate:main", "score a model on labelled images, with intervals and predictions"
+    ),
+    "report": Command("scaletransfer.report:main", "tables and a figure of many fine-tuning runs"),
     "export": Command("scaletransfer.export:main", "write a run's network as model.safetensors and model.json"),
 }
 
@@ -105,6 +113,20 @@ class CommandParser(argparse.ArgumentParser):
             known = [word.strip(" '\"") for word in choice[3].split(",")]
             message = f"{choice[1]}there is no {choice[2]!r}{_nearest(choice[2], known)}; there are {', '.join(known)}"
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def callable_module(name: str, function: Callable[..., Any]) -> None:
+    """Let the module `name` be called like its `function`.
+
+    `scaletransfer.finetune` is a module, as `python -m scaletransfer.finetune` needs, and the function of the
+    documented API, whichever of the two was imported first.
+    """
+
+    class CallableModule(types.ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    sys.modules[name].__class__ = CallableModule
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -46,19 +46,32 @@ def masked_bce(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(known, terms, 0.0).sum(), known.sum()
 
 
-def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Softmax cross-entropy: (sum, number of samples).
+def cross_entropy(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax cross-entropy: (sum, number of samples), or with class weights (weighted sum, sum of the weights).
 
     logits [b, C] of any floating dtype; target int64 [b] class indexes, or float [b, C] class probabilities
     (mixup). The sum is float32 (float64 for float64 logits), the count an int64 scalar.
-    label_smoothing s gives every class s / C and the target 1 - s on top (arXiv 1512.00567).
+    label_smoothing s gives every class s / C and the target 1 - s on top (arXiv 1512.00567). weight: [C]; a sample
+    counts by the weight of its class, a mixture of classes by the mean weight of what is in it.
     """
     if target.is_floating_point():
         _same_shape(logits, target)
     x = _at_least_float32(logits)
     y = target.to(x.dtype) if target.is_floating_point() else target
-    total = F.cross_entropy(x, y, reduction="sum", label_smoothing=label_smoothing, ignore_index=_NO_IGNORED_INDEX)
-    return total, torch.full((), logits.shape[0], dtype=torch.int64, device=logits.device)
+    total = F.cross_entropy(
+        x, y, weight, reduction="sum", label_smoothing=label_smoothing, ignore_index=_NO_IGNORED_INDEX
+    )
+    return total, count_weighted(target, weight)
+
+
+def count_weighted(target: Tensor, weight: Tensor | None) -> Tensor:
+    """The count of `cross_entropy`: samples (int64 scalar), or the sum of their weights (float32 scalar)."""
+    if weight is None:
+        return torch.full((), target.shape[0], dtype=torch.int64, device=target.device)
+    weight = weight.to(target.device, torch.float32)
+    return (target * weight).sum() if target.is_floating_point() else weight[target].sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,8 @@ class Loss:
 
     task: Task
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    """Multi-class: what a sample of each class counts; None: all the same."""
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -75,18 +90,26 @@ class Loss:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
         if self.task == "multilabel" and self.label_smoothing:
             raise ValueError("label_smoothing is for multi-class tasks; set it to 0 for a multi-label one.")
+        if self.task == "multilabel" and self.class_weights is not None:
+            raise ValueError("class_weights is for multi-class tasks; set it to none for a multi-label one.")
 
     def __call__(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """(sum, count) as `masked_bce` or `cross_entropy`."""
         if self.task == "multilabel":
             return masked_bce(logits, target)
-        return cross_entropy(logits, target, self.label_smoothing)
+        return cross_entropy(logits, target, self.label_smoothing, self._weight(logits))
 
     def count(self, target: Tensor) -> Tensor:
-        """The count that the call will return, known from the targets alone: int64 scalar."""
+        """The count that the call will return, known from the targets alone: a scalar on their device."""
         if self.task == "multilabel":
             return count_known(target)
-        return torch.full((), target.shape[0], dtype=torch.int64, device=target.device)
+        return count_weighted(target, self._weight(target))
+
+    def _weight(self, like: Tensor) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.tensor(self.class_weights, dtype=dtype, device=like.device)
 
 
 def make_loss(task: Task, *, label_smoothing: float = 0.0) -> Loss:

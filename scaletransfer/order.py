@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -135,3 +136,84 @@ class Order:
             ]
             row[mine] = np.concatenate([*cycles, np.empty(0, dtype=np.int64)])[:draws]
         return source.astype(np.int64), row
+
+
+class Positions(Protocol):
+    """What the loader and the training loop need of an order: ``Order`` and ``SelectionOrder`` are such."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def samples_per_epoch(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def locate(self, positions: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SelectionOrder:
+    """The endless order over chosen rows of one source, which may be fewer than a global batch (fine-tuning).
+
+    Args:
+        rows: int64 [N], the chosen rows of the sample table, N >= 1.
+        seed: of the run. global_batch: samples a step, for ``steps_per_epoch`` alone.
+        draw: "permutation": one permutation of all rows after the other, nothing left out, so that after k N samples
+            every row was seen k times. "replacement": independent draws.
+        weights: float [N], "replacement" only: a row is drawn in proportion; None: all alike.
+
+    Raises:
+        ValueError: no rows, or weights that are not positive and finite.
+    """
+
+    rows: np.ndarray
+    seed: int
+    global_batch: int
+    draw: Literal["permutation", "replacement"] = "permutation"
+    weights: np.ndarray | None = None
+    _cache: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.rows) == 0:
+            raise ValueError("no training sample is selected: choose other classes or more examples")
+        if self.weights is not None:
+            assert self.draw == "replacement" and self.weights.shape == self.rows.shape
+            if not (np.isfinite(self.weights).all() and (self.weights > 0).all()):
+                raise ValueError("sampling weights must be positive and finite")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (len(self.rows),)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self.rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.rows) // self.global_batch)
+
+    def locate(self, positions: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Source number (always 0) and table row of each position: two int64 arrays of its shape."""
+        where = np.asarray(positions, dtype=np.int64)
+        row = np.empty_like(where)
+        cycles = where // len(self.rows)
+        for cycle in np.unique(cycles):
+            mask = cycles == cycle
+            row[mask] = self._cycle(int(cycle))[where[mask] - cycle * len(self.rows)]
+        return np.zeros_like(where), row
+
+    def _cycle(self, cycle: int) -> np.ndarray:
+        """Table rows of the positions [cycle * N, (cycle + 1) * N)."""
+        found = self._cache.get(cycle)
+        if found is None:
+            while len(self._cache) >= 2:
+                del self._cache[next(iter(self._cache))]
+            count = len(self.rows)
+            if self.draw == "permutation":
+                chosen = permutation(self.seed, cycle, 0, count)
+            else:
+                uniform = (raw_words(self.seed, cycle, 1, count) >> np.uint64(11)) * 2.0**-53
+                weights = np.ones(count) if self.weights is None else self.weights
+                chosen = np.minimum(np.searchsorted(np.cumsum(weights / weights.sum()), uniform, "right"), count - 1)
+            found = self._cache[cycle] = self.rows[chosen]
+        return found

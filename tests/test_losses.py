@@ -138,3 +138,19 @@ def test_refusals() -> None:
         Loss(task="multilabel", label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"gives \(2, 3\) logits for targets of shape \(2, 4\)"):
         masked_bce(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_class_weights_equal_torchs_mean() -> None:
+    logits = torch.randn(30, 4, dtype=torch.float64, generator=_generator())
+    target = torch.randint(0, 4, (30,), generator=_generator(3))
+    weights = (1.0, 0.25, 0.5, 0.1)
+    loss = Loss(task="multiclass", class_weights=weights)
+    total, count = loss(logits, target)
+    expected = nn.CrossEntropyLoss(weight=torch.tensor(weights, dtype=torch.float64))(logits, target)
+    assert float(total / count) == pytest.approx(float(expected), rel=1e-6)
+    assert float(count) == pytest.approx(float(loss.count(target))) == pytest.approx(sum(weights[i] for i in target))
+    soft = F.one_hot(target, 4).double()
+    mixed = loss(logits, soft)
+    assert float(mixed[0]) == pytest.approx(float(total)) and float(mixed[1]) == pytest.approx(float(count), rel=1e-6)
+    with pytest.raises(ValueError, match="class_weights is for multi-class"):
+        Loss(task="multilabel", class_weights=weights)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaletransfer.order import ORDER_VERSION, Order, permutation, rank_positions, raw_words, sample_seed
+from scaletransfer.order import (
+    ORDER_VERSION,
+    Order,
+    SelectionOrder,
+    permutation,
+    rank_positions,
+    raw_words,
+    sample_seed,
+)
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -219,3 +227,43 @@ def test_what_is_refused(sizes, weights, batch, words):
 def test_a_batch_that_does_not_divide_is_our_own_mistake():
     with pytest.raises(AssertionError):
         rank_positions(0, 0, 2, 3, 16)
+
+
+# ---- of a selection (fine-tuning)
+
+
+def selection(count: int, seed: int = 0, batch: int = 4, **options) -> SelectionOrder:
+    return SelectionOrder(rows=np.arange(count) * 10 + 3, seed=seed, global_batch=batch, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), SEEDS, st.integers(0, 400), st.integers(1, 120))
+def test_a_selection_comes_round_evenly_from_any_position(count, seed, first, length):
+    order = selection(count, seed)
+    source, rows = order.locate(np.arange(first, first + length))
+    assert not source.any() and set(rows.tolist()) <= set(order.rows.tolist())
+    whole = order.locate(np.arange(first + length))[1]
+    assert rows.tolist() == whole[first:].tolist()
+    seen = Counter(whole.tolist())
+    assert max(seen.values()) - min(seen.get(row, 0) for row in order.rows.tolist()) <= 1
+
+
+def test_draws_with_replacement_follow_their_weights():
+    plain_draws = selection(5, draw="replacement").locate(np.arange(50_000))[1]
+    shares = np.bincount((plain_draws - 3) // 10, minlength=5) / 50_000
+    assert np.abs(shares - 0.2).max() < 0.01
+    weights = np.array([1.0, 1.0, 2.0, 4.0, 8.0])
+    heavy = selection(5, draw="replacement", weights=weights).locate(np.arange(50_000))[1]
+    shares = np.bincount((heavy - 3) // 10, minlength=5) / 50_000
+    assert np.abs(shares - weights / 16).max() < 0.01
+    first = selection(5, draw="replacement").locate(np.arange(5))[1]
+    assert len({tuple(selection(5, seed, draw="replacement").locate(np.arange(5))[1]) for seed in range(20)}) > 10
+    assert first.tolist() == plain_draws[:5].tolist()
+
+
+def test_a_selection_of_nothing_and_bad_weights():
+    with pytest.raises(ValueError, match="no training sample"):
+        selection(0)
+    with pytest.raises(ValueError, match="positive"):
+        selection(2, draw="replacement", weights=np.array([1.0, 0.0]))
+    assert selection(3, batch=8).steps_per_epoch == 1 and selection(30, batch=8).steps_per_epoch == 3

@@ -19,6 +19,7 @@ from typing import NoReturn, TypeVar, overload
 
 from scaletransfer.config import files
 from scaletransfer.config.files import ConfigError
+from scaletransfer.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig
 from scaletransfer.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -35,6 +36,9 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "FinetuneConfig",
+    "FinetuneDataConfig",
+    "FinetuneModelConfig",
     "LabelPolicyConfig",
     "LogConfig",
     "ModelConfig",

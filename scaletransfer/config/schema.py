@@ -13,7 +13,7 @@ from typing import Literal
 from scaletransfer.config.files import ConfigError, shown
 
 
-def _check(ok: bool, key: str, value: object, must: str) -> None:
+def check(ok: bool, key: str, value: object, must: str) -> None:
     """Refuse `value` for `key` unless `ok`; every condition is written so that NaN fails it."""
     if not ok:
         raise ConfigError(key, f"must be {must}, not {shown(value)}.")
@@ -37,7 +37,7 @@ class ModelConfig:
     """Draw the classifier anew where init_from brings one, as other classes need it."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "model.name", self.name, "the name of a network, such as BiT-S-R50x1")
+        check(bool(self.name), "model.name", self.name, "the name of a network, such as BiT-S-R50x1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class LabelPolicyConfig:
         choices = {"uncertain": ("ignore", "ones", "zeros"), "blank": ("ignore", "zeros")}
         for label, exceptions in self.per_label.items():
             for kind, choice in exceptions.items():
-                _check(
+                check(
                     choice in choices.get(kind, ()),
                     "data.policy.per_label",
                     {label: exceptions},
@@ -108,32 +108,32 @@ class DataConfig:
     """Batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
-        _check(len(self.train) > 0, "data.train", self.train, "at least one shard folder")
-        _check(
+        check(len(self.train) > 0, "data.train", self.train, "at least one shard folder")
+        check(
             self.valid is None or len(self.valid) > 0,
             "data.valid",
             self.valid,
             "at least one folder, or null",
         )
         weights = [weight for _, weight in self.sources]
-        _check(
+        check(
             all(w is None for w in weights) or all(w is not None and 0 < w < float("inf") for w in weights),
             "data.train",
             self.train,
             "a mapping in which every folder has a positive weight, or none has one (null)",
         )
         for key in ("train_split", "valid_split"):
-            _check(bool(getattr(self, key)), f"data.{key}", getattr(self, key), "the name of a split")
+            check(bool(getattr(self, key)), f"data.{key}", getattr(self, key), "the name of a split")
         names = self.expect_labels or []
-        _check(
+        check(
             self.expect_labels is None or 0 < len(set(names)) == len(names),
             "data.expect_labels",
             self.expect_labels,
             "a list of label names, each once, or null",
         )
-        _check(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")
+        check(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")
         ops = self.rand_augment
-        _check(
+        check(
             ops is None or (len(ops) == 2 and ops[0] >= 1 and 0 <= ops[1] <= 30),
             "data.rand_augment",
             ops,
@@ -143,14 +143,14 @@ class DataConfig:
             value = getattr(self, key)
             numbers = value if isinstance(value, list) else [value]
             low = 0.0 if key == "mean" else 1e-6
-            _check(
+            check(
                 len(numbers) in (1, 3) and all(low <= number <= 1 for number in numbers),
                 f"data.{key}",
                 value,
                 f"one number of {low:g} to 1 (pixels are 0..1), or a list of one or three such",
             )
-        _check(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
+        check(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
 
     @property
     def sources(self) -> tuple[tuple[str, float | None], ...]:
@@ -194,12 +194,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for key in ("base_lr", "clipping", "eps"):
             value = getattr(self, key)
-            _check(0 < value < float("inf"), f"optimizer.{key}", value, "a positive number")
-        _check(0 <= self.weight_decay < float("inf"), "optimizer.weight_decay", self.weight_decay, "0 or more")
+            check(0 < value < float("inf"), f"optimizer.{key}", value, "a positive number")
+        check(0 <= self.weight_decay < float("inf"), "optimizer.weight_decay", self.weight_decay, "0 or more")
         for key in ("momentum", "dampening"):
             value = getattr(self, key)
-            _check(0 <= value < 1, f"optimizer.{key}", value, "at least 0 and below 1")
-        _check(
+            check(0 <= value < 1, f"optimizer.{key}", value, "at least 0 and below 1")
+        check(
             not self.nesterov or (self.momentum > 0 and self.dampening == 0),
             "optimizer.nesterov",
             self.nesterov,
@@ -226,27 +226,27 @@ class ScheduleConfig:
     """cosine: the rate at the end."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             0 <= self.warmup_epochs < float("inf"),
             "schedule.warmup_epochs",
             self.warmup_epochs,
             "0 or more epochs",
         )
-        _check(
+        check(
             0 <= self.warmup_start_factor <= 1,
             "schedule.warmup_start_factor",
             self.warmup_start_factor,
             "of 0 to 1",
         )
         steps = [0.0, *self.decay_epochs]
-        _check(
+        check(
             all(a < b for a, b in itertools.pairwise(steps)),
             "schedule.decay_epochs",
             self.decay_epochs,
             "positive epochs in rising order",
         )
-        _check(0 < self.decay_factor <= 1, "schedule.decay_factor", self.decay_factor, "above 0 and at most 1")
-        _check(0 <= self.min_lr < float("inf"), "schedule.min_lr", self.min_lr, "0 or more")
+        check(0 < self.decay_factor <= 1, "schedule.decay_factor", self.decay_factor, "above 0 and at most 1")
+        check(0 <= self.min_lr < float("inf"), "schedule.min_lr", self.min_lr, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,20 +261,20 @@ class CheckpointConfig:
     """How many complete checkpoints stay; older ones are deleted."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.every_steps is None or self.every_steps >= 1,
             "checkpoint.every_steps",
             self.every_steps,
             "1 or more, or null",
         )
         minutes = self.every_minutes
-        _check(
+        check(
             minutes is None or 0 < minutes < float("inf"),
             "checkpoint.every_minutes",
             minutes,
             "above 0, or null",
         )
-        _check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +287,7 @@ class LogConfig:
     """Whether TensorBoard events are written."""
 
     def __post_init__(self) -> None:
-        _check(self.every_steps >= 1, "log.every_steps", self.every_steps, "1 or more")
+        check(self.every_steps >= 1, "log.every_steps", self.every_steps, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +306,7 @@ class ValidateConfig:
     def __post_init__(self) -> None:
         for key in ("every_steps", "every_epochs", "batch", "max_samples"):
             value = getattr(self, key)
-            _check(value is None or value >= 1, f"validate.{key}", value, "1 or more, or null")
+            check(value is None or value >= 1, f"validate.{key}", value, "1 or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,17 +346,17 @@ class PretrainConfig:
     """When the run validates."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", self.name) is not None,
             "name",
             self.name,
             "a folder name of letters, digits and _ . + - (set name=...)",
         )
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "of 0 to 2^63 - 1")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "of 0 to 2^63 - 1")
         for key in ("global_batch", "micro_batch", "epochs"):
-            _check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        _check(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more, or null")
-        _check(
+            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        check(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more, or null")
+        check(
             self.global_batch % self.micro_batch == 0,
             "global_batch",
             self.global_batch,

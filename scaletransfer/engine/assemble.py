@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaletransfer.config import ModelConfig, PretrainConfig, accumulation
+from scaletransfer.config import ModelConfig, OptimizerConfig, PretrainConfig, accumulation
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
@@ -107,24 +107,23 @@ def check_validates(valid: Sequence[ShardIndex], train: ShardIndex, rules: Label
             )
 
 
-def make_network(cfg: PretrainConfig, classes: int) -> nn.Module:
+def make_network(cfg: ModelConfig, classes: int) -> nn.Module:
     """The configured network, with activation checkpointing and compilation switched on where asked for."""
-    network = create_model(cfg.model.name, classes)
-    if cfg.model.activation_checkpointing:
+    network = create_model(cfg.name, classes)
+    if cfg.activation_checkpointing:
         switch = getattr(network, "set_grad_checkpointing", None)
         if switch is None:
-            raise ValueError(f"model.activation_checkpointing is true but {cfg.model.name} does not offer it")
+            raise ValueError(f"model.activation_checkpointing is true but {cfg.name} does not offer it")
         switch(True)
-    if cfg.model.compile:
+    if cfg.compile:
         blocks: list[nn.Module] = [module for module in network.modules() if isinstance(module, PreActBottleneck)]
         for block in blocks or [network]:
             block.compile()
     return network
 
 
-def make_optimizer(cfg: PretrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
     """The configured base optimizer over the network's parameters; the engine sets the learning rate each step."""
-    settings = cfg.optimizer
     common: dict[str, Any] = {
         "lr": settings.base_lr,
         "momentum": settings.momentum,
@@ -223,7 +222,7 @@ def run_facts(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) 
         "global_batch": cfg.global_batch,
         "order_version": ORDER_VERSION,
         "data": [{"source": s.index.source, "split": s.split, "index_sha256": s.index.digest} for s in train.sources],
-        "weights": list(train.order.weights),
+        "weights": [weight for _, weight in data.sources],
         "samples_per_epoch": train.order.samples_per_epoch,
         "optimizer": cfg.optimizer.name,
     }
@@ -241,7 +240,7 @@ def check_continues(found: Checkpoint, facts: dict[str, Any]) -> None:
         if stored != wanted:
             raise ValueError(
                 f"{found.folder} was made with {key} {_short(stored)}, but this run has {_short(wanted)}: a run cannot "
-                "change it on the way; give the new run another name (name=...) or restore the old value"
+                "change it on the way; choose another folder for the new run or restore the old value"
             )
 
 
@@ -280,7 +279,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
     folder = Path(cfg.run_dir) / cfg.name
     facts = run_facts(cfg, train, names)
     schedule = make_schedule(cfg)
-    lr_at(schedule, 0, train.order.samples_per_epoch, cfg.global_batch)  # a schedule that cannot be is refused here
+    per_epoch = train.order.samples_per_epoch
+    lr_at(schedule, 0, per_epoch, cfg.global_batch)  # a schedule that cannot be is refused here
     check_writable(folder)
     latest = checkpoints.find_latest(folder / "checkpoints")
     found = None if latest is None else checkpoints.open_checkpoint(latest)
@@ -288,9 +288,9 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         check_continues(found, facts)
     engine = build_engine(
         strategy,
-        lambda: make_network(cfg, len(names)),
+        lambda: make_network(cfg.model, len(names)),
         starting_values(cfg, found, names),
-        lambda network: make_optimizer(cfg, network),
+        lambda network: make_optimizer(cfg.optimizer, network),
         precision=resolve_precision(cfg.precision, strategy),
         micro_batch=cfg.micro_batch,
         accumulation=steps,
@@ -318,7 +318,7 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         train=train,
         valid=valid,
         normalize=Normalizer(cfg.data.mean, cfg.data.std, pixel_max(train)).to(engine.device),
-        schedule=schedule,
+        lr=lambda seen: lr_at(schedule, seen, per_epoch, cfg.global_batch),
         folder=folder,
         held=held,
         facts=facts,

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from scaletransfer.engine.build import Engine
 from scaletransfer.losses import Loss
 from scaletransfer.metrics import multiclass_report, multilabel_report
 
 Batch = dict[str, Tensor]
 
 
-def gather_rows(engine: Engine, rows: Tensor) -> Tensor:
+class Runner(Protocol):
+    """What prediction needs: an ``Engine``, or an ``Inference`` that trains nothing."""
+
+    @property
+    def world(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def model(self) -> nn.Module: ...
+    def forward(self, images: Tensor) -> Tensor: ...
+    def average_buffers(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """A finished network on every rank, in fp32 or under bf16 autocast."""
+
+    module: nn.Module
+    device: torch.device
+    precision: str
+    world: int
+    rank: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [b, classes] of normalised float images [b, c, H, W]."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.module(images)
+
+    def average_buffers(self) -> None:
+        """Every rank has the same file's."""
+
+
+def gather_rows(engine: Runner, rows: Tensor) -> Tensor:
     """[n, ...] of equal shape on every rank -> [world * n, ...] on the CPU."""
     if engine.world == 1:
         return rows.cpu()
@@ -28,20 +65,23 @@ def gather_rows(engine: Engine, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict(engine: Engine, normalize: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+def predict(
+    engine: Runner, normalize: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, progress: bool = False
+) -> dict[str, np.ndarray]:
     """Logits float32 [n, L], targets and positions of all samples over all ranks, in order of position.
 
     All ranks must call this with the same number of equal batches (``loader.EvalSampler``).
     """
+    training = engine.model.training
     engine.average_buffers()
     engine.model.eval()
     logits, targets, positions = [], [], []
-    for batch in batches:
+    for batch in tqdm(batches, unit="batch", disable=not progress):
         images = normalize(batch["image"].to(engine.device, non_blocking=True))
         logits.append(engine.forward(images).float())
         targets.append(batch["target"])
         positions.append(batch["position"])
-    engine.model.train()
+    engine.model.train(training)
     where = gather_rows(engine, torch.cat(positions)).numpy()
     _, first = np.unique(where, return_index=True)  # what fills up the last batch repeats a sample
     return {
@@ -59,7 +99,8 @@ def report(loss: Loss, predicted: dict[str, np.ndarray], names: Sequence[str]) -
     """
     make = multilabel_report if loss.task == "multilabel" else multiclass_report
     found = make(predicted["logits"], predicted["target"], names)
-    total, count = loss(torch.from_numpy(predicted["logits"]).double(), torch.from_numpy(predicted["target"]))
+    plain = replace(loss, class_weights=None)  # weights are for training: a validation loss counts images alike
+    total, count = plain(torch.from_numpy(predicted["logits"]).double(), torch.from_numpy(predicted["target"]))
     found["loss"] = float(total) / max(1, int(count))
     return found
 

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 
-from scaletransfer.config import PretrainConfig, to_yaml
+from scaletransfer.config import FinetuneConfig, PretrainConfig, to_yaml
 from scaletransfer.engine.strategy import Strategy
+from scaletransfer.files import write_atomically
 
 
-def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> None:
+def write_run_folder(folder: Path, cfg: PretrainConfig | FinetuneConfig, strategy: Strategy) -> None:
     """``config.yaml`` (resolved) and ``environment.json``, by rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    # atomically: what a killed run decided is read again when it goes on
+    write_atomically(folder / "config.yaml", to_yaml(cfg).encode("utf-8"))
     packages = (
         "scaletransfer",
         "torch",
@@ -40,7 +42,7 @@ def write_run_folder(folder: Path, cfg: PretrainConfig, strategy: Strategy) -> N
     (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
 
 
-def say_changes(path: Path, cfg: PretrainConfig) -> None:
+def say_changes(path: Path, cfg: PretrainConfig | FinetuneConfig) -> None:
     """Name the settings in which a resumed run differs from how it ran before; those of ``run_facts`` may not."""
     before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     after = to_yaml(cfg).splitlines()

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl (every step), TensorBoard, a progress bar on rank 0."""
+"""What a run writes about itself: metrics.jsonl (every step), TensorBoard, log.txt, a progress bar on rank 0."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
+TEXT = "log.txt"
 LOCK = "lock"
 
 
@@ -22,7 +24,7 @@ def check_writable(folder: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "may not be written" if nearest.is_dir() else "is a file"
-        raise ValueError(f"the run folder {folder} cannot be written ({nearest} {why}): set another run_dir or name")
+        raise ValueError(f"the run folder {folder} cannot be written ({nearest} {why}): choose another folder")
 
 
 def claim(folder: Path) -> IO[str]:
@@ -42,7 +44,7 @@ def claim(folder: Path) -> IO[str]:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             handle.close()
             raise ValueError(
-                f"another process trains in {folder}: wait for it, end it, or give this run another name (name=...)"
+                f"another process trains in {folder}: wait for it, end it, or choose another folder for this run"
             ) from error
         # Some network file systems have no locks: then nothing keeps two runs apart but the person who starts them.
     return handle
@@ -73,11 +75,13 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int, total: int, *, active: bool, tensorboard: bool) -> None:
-        self._file, self._writer, self._bar = None, None, None
+        self._file, self._writer, self._bar, self._text = None, None, None, None
         if not active:
             return
         keep_until(folder / METRICS, step)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._text = (folder / TEXT).open("a", encoding="utf-8")
+        self.note(f"from step {step} to step {total}")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -102,18 +106,26 @@ class RunLog:
             self._bar.update(steps)
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar, on rank 0."""
+        """Print a line above the progress bar, on rank 0, and keep it in log.txt."""
         if self._bar is not None:
             self._bar.write(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line of log.txt with the time (UTC)."""
+        if self._text is not None:
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {text}\n")
 
     def flush(self) -> None:
         if self._file is not None:
             self._file.flush()
+        if self._text is not None:
+            self._text.flush()
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
         self.flush()
-        for thing in (self._file, self._writer, self._bar):
+        for thing in (self._file, self._text, self._writer, self._bar):
             if thing is not None:
                 thing.close()

@@ -28,9 +28,11 @@ class StepResult:
 
 
 def global_count(engine: Engine, loss: Loss, batches: Sequence[Batch]) -> Tensor:
-    """float32 scalar >= 1: the known terms of the loss over all ranks and micro-batches, from the targets alone."""
+    """float32 scalar > 0: the known terms of the loss (or the sum of their weights) over all ranks and micro-batches,
+    from the targets alone; 1 where nothing is known."""
     count = torch.stack([loss.count(batch["target"]) for batch in batches]).sum().to(engine.device)
-    return engine.sum_over_ranks(count).clamp_min(1).to(torch.float32)
+    count = engine.sum_over_ranks(count).to(torch.float32)
+    return torch.where(count > 0, count, 1.0)
 
 
 def train_step(

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaletransfer.config import PretrainConfig
+from scaletransfer.config import CheckpointConfig, LogConfig, ValidateConfig
 from scaletransfer.engine import checkpoint, verify
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.evaluate import gather_rows, predict, report, score
@@ -22,7 +22,49 @@ from scaletransfer.engine.runlog import RunLog
 from scaletransfer.engine.step import StepResult, train_step
 from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler, batches, dead_workers_named, make_loader
 from scaletransfer.losses import Loss
-from scaletransfer.schedules import Schedule, lr_at
+
+TAGGED_CLASSES = 200
+"""Classes up to which TensorBoard gets five numbers a class; metrics.jsonl has them for any number."""
+
+
+class LoaderSettings(Protocol):
+    """How batches are made."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def prefetch(self) -> int: ...
+
+
+class OptimizerSettings(Protocol):
+    """What the loop needs to know of the optimizer."""
+
+    @property
+    def momentum(self) -> float: ...
+
+
+class RunSettings(Protocol):
+    """What the loop needs of a configuration: PretrainConfig and FinetuneConfig have it."""
+
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def data(self) -> LoaderSettings: ...
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def log(self) -> LogConfig: ...
+    @property
+    def validate(self) -> ValidateConfig: ...
+
+
+class Mixing(Protocol):
+    """Mixes the images of an update, and their targets: see transfer.mixup."""
+
+    def images(self, step: int, images: Tensor) -> Tensor: ...
+    def targets(self, step: int, target: Tensor) -> Tensor: ...
 
 
 @dataclass(kw_only=True)
@@ -33,23 +75,28 @@ class Trainer:
         cfg, engine, loss, names: what is trained. names: of the outputs, in order.
         train: dataset with an order; valid: without, or None.
         normalize: uint8 batch -> float batch on the device.
-        schedule: the learning rate; folder: of the run; facts: what every checkpoint's manifest says of the run.
+        lr: samples seen -> learning rate. folder: of the run. facts: what every checkpoint's manifest says of the run.
+        mixing: None for none. keep_best: whether the model with the best validation score so far is kept as well.
         start, total: steps done before, and in all. best: best validation score so far.
     """
 
-    cfg: PretrainConfig
+    cfg: RunSettings
     engine: Engine
     loss: Loss
     names: tuple[str, ...]
     train: ShardDataset
     valid: ShardDataset | None
     normalize: Callable[[Tensor], Tensor]
-    schedule: Schedule
+    lr: Callable[[int], float]
     folder: Path
     facts: dict[str, Any]
     start: int
     total: int
     best: float | None = None
+    mixing: Mixing | None = None
+    keep_best: bool = True
+    predicted: dict[str, np.ndarray] | None = None
+    """Of the last validation."""
     held: IO[str] | None = None
     """Rank 0's claim on the run folder, kept open as long as the run lives."""
     _pending: list[tuple[int, float, StepResult, Tensor]] = field(default_factory=list)
@@ -109,11 +156,17 @@ class Trainer:
 
     def _step(self, step: int, group: list[Batch], first: verify.FirstStep | None) -> None:
         seen = (step - 1) * self.cfg.global_batch
-        order = self.train.order
-        assert order is not None
-        rate = lr_at(self.schedule, seen, order.samples_per_epoch, self.cfg.global_batch)
+        rate = self.lr(seen)
         after_backward = first.after_backward if first is not None else None
-        result = train_step(self.engine, self.loss, self.normalize, group, rate, after_backward)
+        normalize, batches_ = self.normalize, group
+        if self.mixing is not None:
+            mixing, update = self.mixing, step - 1
+            batches_ = [{**batch, "target": mixing.targets(update, batch["target"])} for batch in group]
+
+            def normalize(images: Tensor) -> Tensor:
+                return mixing.images(update, self.normalize(images))
+
+        result = train_step(self.engine, self.loss, normalize, batches_, rate, after_backward)
         if first is not None:
             first.after_step()
         self._bytes += sum(int(batch["bytes"]) for batch in group)
@@ -157,7 +210,9 @@ class Trainer:
             "speed/data_wait": share,
         }
         self.log.scalars(step, values)
-        self.log.advance(len(pending), f"loss {loss:.4f}, {speed:.0f} images/s, waiting {100 * share:.0f} %")
+        text = f"loss {loss:.4f}, {speed:.0f} images/s, waiting {100 * share:.0f} %"
+        self.log.advance(len(pending), text)
+        self.log.note(f"step {step}/{self.total}: {text}, lr {pending[-1][1]:.3g}")
         self.log.flush()
 
     def _write(self, step: int, rate: float, loss: float, norm: float, clipped: float, read: Tensor) -> None:
@@ -174,7 +229,7 @@ class Trainer:
             self.log.row({"event": "not finite", "step": step, "loss": str(loss), "keys": keys.split("\n")})
             raise ValueError(
                 f"the loss of step {step} is {loss} and its gradient norm {norm}: training has diverged; "
-                "lower optimizer.base_lr, or look at the samples whose keys stand in "
+                "lower the learning rate, or look at the samples whose keys stand in "
                 f"{self.folder}/metrics.jsonl; the checkpoints before it are sound"
             )
         row: dict[str, Any] = {
@@ -218,28 +273,34 @@ class Trainer:
         renamed = {"test/mean_auroc": "test/mean_auc"}
         tags = {renamed.get(tag, tag): number for tag, number in tags.items()}
         tags |= {"test/loss": found["loss"], "test/acc": found["accuracy"]}
-        for number, label in enumerate(self.names):
-            tags[f"test/AUC_class_{number}"] = found["classes"][label]["auroc"]
-            tags[f"test/average_precision_class_{number}"] = found["classes"][label]["average_precision"]
+        per_class = {"AUC_class": "auroc", "average_precision_class": "average_precision"}
+        per_class |= {name: name for name in ("precision", "recall", "f1")}
+        for number, label in enumerate(self.names[:TAGGED_CLASSES]):
+            tags |= {f"test/{tag}_{number}": found["classes"][label][key] for tag, key in per_class.items()}
         self.log.scalars(step, tags)
         self.log.row({"event": "validation", "step": step, **found})
         self.log.flush()  # before a checkpoint says that this step is done: a resumed run does not validate it again
         shown = "none has both outcomes" if value is None else f"{value:.4f}"
         self.log.say(f"step {step}: validation loss {found['loss']:.4f}, {name} {shown}")
         self._since += time.monotonic() - began  # images/s is that of training
-        if value is not None and (self.best is None or value > self.best):
+        if self.keep_best and value is not None and (self.best is None or value > self.best):
             self.best = value
             facts = {**self._facts(step), "validation": {"loss": found["loss"], name: value}}
             checkpoint.save(self.engine, self.folder / "best", step, facts, keep=1, with_momentum=False)
 
     def validate(self) -> dict[str, Any]:
         """Loss and metrics on the validation split. All ranks call this."""
+        self.predicted = self.predict()
+        return report(self.loss, self.predicted, self.names)
+
+    def predict(self) -> dict[str, np.ndarray]:
+        """Logits and targets on the validation split: see ``evaluate.predict``. All ranks call this."""
         assert self.valid is not None
         engine = self.engine
         samples = min(len(self.valid), self.cfg.validate.max_samples or len(self.valid))
         sampler = EvalSampler(samples, engine.rank, engine.world, self.cfg.validate.batch or engine.micro_batch)
         stream = batches(make_loader(self.valid, sampler, self.cfg.data.workers, self.cfg.data.prefetch))
-        return report(self.loss, predict(engine, self.normalize, stream), self.names)
+        return predict(engine, self.normalize, stream)
 
     def _save_due(self, step: int) -> bool:
         """The same answer on every rank. Minutes are rank 0's, and asked for where the host waits anyway."""

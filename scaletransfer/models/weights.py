@@ -7,6 +7,7 @@ safetensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletransfer.models import head_names
+from scaletransfer.models.bit import parse_name
 
 StateDict = dict[str, Tensor]
 _PICKLES = (".tar", ".pth", ".pt", ".bin", ".ckpt")
@@ -39,7 +41,7 @@ def load_pretrained(path: str | Path, *, model_name: str | None = None) -> tuple
     pickled objects other than tensors and plain values: such a file is not loaded, and nothing in it runs.
     Raises FileNotFoundError when there is no such path.
     """
-    file = _locate(Path(path))
+    file = locate(Path(path))
     if file.suffix == ".safetensors":
         state, meta = _load_safetensors(file)
     elif file.suffix == ".npz":
@@ -91,6 +93,25 @@ def load_into(model: nn.Module, state: StateDict, head: Literal["strict", "repla
             value.copy_(given[name])
 
 
+def architecture_of(state: StateDict) -> str | None:
+    """The name `BiT-S-R<depth>x<width>` (or `BiT-tiny`) of the network that these tensors are of, from the number of
+    units in each block and the width of the root; None where they are of no BiT that has a name."""
+    root = state.get("root.conv.weight")
+    if root is None:
+        return None
+    counts: dict[str, set[str]] = {}
+    for name in state:
+        if match := re.match(r"body\.block([1-4])\.unit(\d\d)\.", name):
+            counts.setdefault(match[1], set()).add(match[2])
+    units = tuple(len(counts.get(block, ())) for block in "1234")
+    names = ["BiT-tiny", *(f"BiT-S-R{depth}x{max(1, len(root) // 64)}" for depth in (50, 101, 152))]
+    for name in names:
+        known = parse_name(name)
+        if known is not None and (known.units, known.base) == (units, len(root)):
+            return name
+    return None
+
+
 def to_timm(state: StateDict) -> StateDict:
     """Rename our BiT tensors to those of timm's `resnetv2_*_bit`, which computes the same but for eps 1e-8.
 
@@ -136,7 +157,8 @@ def _from_timm_name(name: str) -> str:
     return f"body.block{int(match[1]) + 1}.unit{int(match[2]) + 1:02d}.{part}.{match[4]}"
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """The file that `load_pretrained` reads for `path`. ValueError or FileNotFoundError where there is none."""
     if path.is_dir():
         for name in ("model.safetensors", "model.pth.tar"):
             if (path / name).is_file():
@@ -167,6 +189,11 @@ def _load_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
         raise ValueError(f"{beside} is not valid JSON: {error}.") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{beside} must hold one JSON object.")
+    if isinstance(meta.get("sha256"), str):
+        with file.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != meta["sha256"]:
+            raise ValueError(f"{file} is not the file that {beside.name} describes (sha256): copy or export it again.")
     return state, meta
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from scaletransfer.files import inside
 from scaletransfer.sources.base import SPLITS, Record, Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -25,7 +26,9 @@ class ImageFolder(Source):
     Classes are the names of the class folders, sorted; images may lie deeper. Order: split, class, path.
     Options: `valid_share`: the share of the training images, 0 <= share < 1, that becomes the validation
     split where there is no folder for it; drawn by a hash of `seed` and the path, so that an image's split
-    doesn't depend on which others are there; a class keeps at least one training image.
+    doesn't depend on which others are there; a class keeps at least one training image. `folders`: the folder of
+    each split relative to the root, where they have other names: {"train": "mod_train", "valid": "mod_test"}; "."
+    is the root itself.
     """
 
     name = "image_folder"
@@ -34,13 +37,20 @@ class ImageFolder(Source):
     # The images are the user's own and may show people: file names are hashed with the user's salt.
     public = False
 
-    def __init__(self, root: str | os.PathLike[str], *, valid_share: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        valid_share: float = 0.0,
+        seed: int = 0,
+        folders: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(root)
         if isinstance(valid_share, bool) or not isinstance(valid_share, (int, float)) or not 0 <= valid_share < 1:
             raise ValueError(f"valid_share must be a number from 0 to below 1, not {valid_share!r}.")
         self.valid_share, self.seed = float(valid_share), seed
         self._ignored: list[str] = []
-        self._splits = self._find_splits()
+        self._splits = self._find_splits() if folders is None else self._named_splits(folders)
         if self.valid_share and "valid" in self._splits:
             raise ValueError(
                 f"{self._splits['valid']} is the validation split already; leave valid_share out or remove the folder."
@@ -74,6 +84,23 @@ class ImageFolder(Source):
                         labels=self.label_names.index(name),
                         view="",
                     )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a folder."""
+        return tuple(self._splits)
+
+    def _named_splits(self, folders: Mapping[str, str]) -> dict[str, Path]:
+        found = {}
+        for split, name in folders.items():
+            if split not in SPLITS:
+                raise ValueError(f"There is no split {split!r}; splits are {', '.join(SPLITS)}.")
+            found[split] = self.root / inside(name, self.root)
+            if not found[split].is_dir():
+                raise ValueError(f"{found[split]}, the folder of the split {split}, is not there or not a folder.")
+        if "train" not in found:
+            raise ValueError("The option folders must name the folder of the split train.")
+        return found
 
     def _find_splits(self) -> dict[str, Path]:
         """Folder of each split; the root itself is "train" where there are no split folders."""

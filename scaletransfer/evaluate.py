@@ -1,0 +1,215 @@
+"""Evaluate a model on labelled images: loss, accuracy, scores of each class, intervals, every prediction.
+
+    scaletransfer evaluate MODEL --images DIR --split test
+    scaletransfer evaluate MODEL --shards shards/chexpert --split valid --out results/chexpert
+
+MODEL is an exported folder (model.safetensors and model.json), or a fine-tuning run. Its file says how images are
+prepared and what its outputs mean; data with other labels is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaletransfer import keys
+from scaletransfer.cli import CommandParser, callable_module, run_command
+from scaletransfer.engine.build import resolve_precision
+from scaletransfer.engine.evaluate import Inference, predict
+from scaletransfer.engine.rehearsal import make_accelerator
+from scaletransfer.engine.runlog import check_writable
+from scaletransfer.engine.strategy import asked
+from scaletransfer.image_check import check_images
+from scaletransfer.index import from_records, load_index
+from scaletransfer.labels import LabelPolicy
+from scaletransfer.loader import EvalSampler, ShardDataset, batches, dead_workers_named, make_loader
+from scaletransfer.losses import make_loss
+from scaletransfer.models import create_model
+from scaletransfer.models.weights import load_into, load_pretrained
+from scaletransfer.sources import open_source
+from scaletransfer.sources.image_folder import ImageFolder
+from scaletransfer.transfer.data import Target, make_target, shortened
+from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions
+from scaletransfer.transforms import Normalizer, bit_transform, build_transform
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    images: str | Path | None = None,
+    shards: str | Path | None = None,
+    source: str | None = None,
+    root: str | Path | None = None,
+    split: str = "valid",
+    out: str | Path | None = None,
+    batch: int = 32,
+    workers: int = 4,
+    precision: str = "auto",
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """Metrics of a model on one split, as ``metrics.multilabel_report`` or ``multiclass_report``, with "loss" and
+    "intervals"; ``out`` gets them as metrics.json and every prediction as predictions.csv.
+
+    Raises:
+        ValueError: a model without model.json, data whose labels are not the model's, unreadable images.
+    """
+    if out is not None:
+        check_writable(Path(out))
+    path, state, card = open_model(Path(model))
+    policy = LabelPolicy(**card["policy"]) if card.get("policy") else LabelPolicy()
+    target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy)
+    check_labels(path, card, target, split)
+    strategy = asked(cuda=torch.cuda.is_available())
+    accelerator = make_accelerator(strategy)
+    network = create_model(card["model"], card["num_classes"])
+    load_into(network, state)
+    network.to(accelerator.device).eval()
+    chosen = resolve_precision(precision, strategy)
+    inference = Inference(
+        module=network, device=accelerator.device, precision=chosen, world=strategy.world, rank=strategy.rank
+    )
+    transform, channels = prepare(card["transform"], target)
+    depth = 8 if channels == 3 else target.depth
+    data = ShardDataset([target.source(split)], None, transform, channels, 0, depth=depth)
+    if target.index.in_memory and strategy.rank == 0:
+        rows = [torch.arange(len(data)).numpy()]
+        check_images(data.sources, rows, channels=channels, depth=depth, workers=workers)
+    normal = card["normalisation"]
+    normalize = Normalizer(normal["mean"], normal["std"], 2**depth - 1).to(accelerator.device)
+    sampler = EvalSampler(len(data), strategy.rank, strategy.world, batch)
+    with dead_workers_named():
+        stream = batches(make_loader(data, sampler, workers, 2))
+        predicted = predict(inference, normalize, stream, progress=strategy.rank == 0)
+    loss = make_loss(target.task)  # type: ignore[arg-type]
+    found = scores(loss, predicted, target.index, split, target.names, resamples=resamples)
+    if strategy.rank == 0:
+        print(f"{path} ({card['model']}) on the split {split} of {target.index.folder}")
+        print(lines(found, target.names))
+        if out is not None:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_predictions(folder / PREDICTIONS, target.task, predicted, target.index, split, target.names)
+            (folder / "metrics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(f"{folder}: {PREDICTIONS}, metrics.json")
+    return found
+
+
+def open_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(folder, tensors, content of model.json) of an exported model, or of a fine-tuning run's.
+
+    Raises ValueError where model.json does not say what is needed.
+    """
+    if (path / "model" / "model.safetensors").is_file():
+        path = path / "model"
+    elif (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is a run, not a model: write its model first with scaletransfer export {path} --to DIR"
+        )
+    state, card = load_pretrained(path)
+    for key in ("model", "num_classes", "label_names", "task", "transform", "normalisation"):
+        if key not in card:
+            raise ValueError(
+                f"{path} does not say its {key}: evaluate reads exported models (model.safetensors with model.json)"
+            )
+    return path, state, card
+
+
+def open_labelled(
+    *,
+    images: str | Path | None,
+    shards: str | Path | None,
+    source: str | None,
+    root: str | Path | None,
+    policy: LabelPolicy,
+) -> Target:
+    """The data that one of the arguments names; ValueError unless exactly one does."""
+    if sum(value is not None for value in (images, shards, source)) != 1:
+        raise ValueError("give the data by exactly one of --images DIR, --shards DIR, or --source NAME --root DIR")
+    if images is not None:
+        folder = ImageFolder(images)
+        return make_target(from_records(folder, keys.PUBLIC_SALT), Path(images).resolve().name, policy)
+    if shards is not None:
+        return make_target(load_index(shards), Path(shards).resolve().name, policy)
+    if root is None:
+        raise ValueError("--source needs --root, the folder of that data set")
+    assert source is not None
+    opened = open_source(source, root)
+    salt = keys.PUBLIC_SALT if opened.public else keys.load_salt()
+    return make_target(from_records(opened, salt), source, policy)
+
+
+def check_labels(path: Path, card: dict[str, Any], target: Target, split: str) -> None:
+    """ValueError unless the data's task, label names and their order are the model's and the split is there."""
+    if card["task"] != target.task:
+        raise ValueError(f"{path} is a {card['task']} model but {target.index.folder} is {target.task}")
+    if tuple(card["label_names"]) != target.names:
+        raise ValueError(
+            f"label names do not fit: {path} has {shortened(card['label_names'])}; {target.index.folder} has "
+            f"{shortened(target.names)}; evaluate on data with the same labels in the same order, or fine-tune first"
+        )
+    if split not in target.index.splits:
+        raise ValueError(
+            f"{target.index.folder} has no split {split!r}, only {', '.join(target.index.splits)}: give one by --split"
+        )
+
+
+def prepare(transform: dict[str, Any], target: Target) -> tuple[Callable[[Any], Tensor], int]:
+    """How the model's images are prepared in evaluation, and the channels that it takes."""
+    if transform["kind"] == "bit":
+        size = int(transform["size"])
+        return bit_transform(False, int(transform["precrop"]), size, square=True, flip=0.0), target.channels
+    return build_transform(transform["kind"], False, int(transform["size"])), 1 if transform["kind"] == "xray" else 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises ValueError for what a person can mend."""
+    import argparse
+
+    parser = CommandParser(
+        prog="scaletransfer evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model folder, or a fine-tuning run")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images, one folder a class")
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="a folder made by make_shards")
+    parser.add_argument("--source", metavar="NAME", help="a data set read from its own files in --root")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the folder of that data set")
+    parser.add_argument("--split", default="valid", help="train, valid (default) or test")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for predictions.csv and metrics.json")
+    parser.add_argument("--batch", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read and decode (default 4)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default: bf16 on CUDA")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals; 0: none")
+    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    for name, least in (("batch", 1), ("workers", 0), ("bootstrap", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} is {getattr(options, name)}: give {least} or more")
+    evaluate(
+        options.model,
+        images=options.images,
+        shards=options.shards,
+        source=options.source,
+        root=options.root,
+        split=options.split,
+        out=options.out,
+        batch=options.batch,
+        workers=options.workers,
+        precision=options.precision,
+        resamples=options.bootstrap,
+    )
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+callable_module(__name__, evaluate)
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

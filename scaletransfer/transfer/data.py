@@ -1,0 +1,187 @@
+"""The target of a transfer: an index, its splits and names, from a folder of images, shards or an official folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from scaletransfer import keys, labels
+from scaletransfer.config import FinetuneConfig, FinetuneDataConfig
+from scaletransfer.image_check import probe_areas
+from scaletransfer.index import ShardIndex, from_records, load_index
+from scaletransfer.loader import Source, target_names
+from scaletransfer.sources import open_source
+from scaletransfer.sources.image_folder import ImageFolder
+from scaletransfer.transfer.hyperrule import resolution
+
+PROBED = 32
+"""Images whose size decides the resolution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is transferred to."""
+
+    dataset: str
+    index: ShardIndex
+    names: tuple[str, ...]
+    policy: labels.LabelPolicy
+    note: str
+    """A sentence on what was inferred."""
+
+    @property
+    def task(self) -> str:
+        return self.index.task
+
+    @property
+    def channels(self) -> int:
+        return self.index.image.channels
+
+    @property
+    def depth(self) -> int:
+        """Bits a channel that images are decoded to; 16 for grey 16-bit images only."""
+        return self.index.image.bit_depth if self.channels == 1 else 8
+
+    def source(self, split: str) -> Source:
+        """A split, as the loader takes it."""
+        return Source(index=self.index, split=split, policy=self.policy, names=self.names)
+
+    def targets(self, split: str) -> np.ndarray:
+        """Targets of every row of a split: see ``loader.Source.targets``."""
+        return self.source(split).targets(np.arange(len(self.index.table(split))))
+
+
+def open_target(cfg: FinetuneConfig) -> Target:
+    """Open what a configuration names as its target; no image is decoded, headers of files are read.
+
+    Raises:
+        ValueError: no target or one that cannot be used: a split that is not there, a single class, another number
+            of classes than ``nb_classes``.
+    """
+    index, dataset, note = _open(cfg)
+    target = make_target(index, cfg.data.dataset or dataset, _policy(cfg.data), note)
+    for key in ("train_split", "valid_split"):
+        split = getattr(cfg.data, key)
+        if split == "valid" and note and split not in index.splits:
+            raise ValueError(
+                f"{index.folder} has no validation folder, and of its {len(index.table('train'))} images a share of "
+                f"{cfg.data.valid_share:g} leaves none for validation: add a folder val, or raise data.valid_share"
+            )
+        if split in index.splits and len(index.table(split)) == 0:
+            raise ValueError(f"data.{key}: the split {split} of {index.folder} has no sample: name another split")
+        if split not in index.splits:
+            raise ValueError(f"data.{key} is {split!r} but {index.folder} has only {', '.join(index.splits)}")
+    if cfg.data.train_split == cfg.data.valid_split:
+        raise ValueError(f"data.train_split and data.valid_split are both {cfg.data.train_split!r}: name two splits")
+    if target.task == "multiclass" and len(target.names) < 2:
+        raise ValueError(
+            f"{index.folder} has the single class {target.names[0]!r}: there is nothing to tell apart; a run needs two "
+            "class folders or more"
+        )
+    if cfg.nb_classes is not None and cfg.nb_classes != len(target.names):
+        raise ValueError(
+            f"nb_classes is {cfg.nb_classes} but {index.folder} has {len(target.names)} classes "
+            f"({shortened(target.names)}): correct nb_classes, or the folder"
+        )
+    return target
+
+
+def make_target(index: ShardIndex, dataset: str, policy: labels.LabelPolicy, note: str = "") -> Target:
+    """A target from an opened index."""
+    names = target_names([index], policy, "intersection", None)
+    return Target(dataset=dataset, index=index, names=names, policy=policy, note=note)
+
+
+def _policy(data: FinetuneDataConfig) -> labels.LabelPolicy:
+    chosen = data.policy
+    return labels.LabelPolicy(
+        name=chosen.name, uncertain=chosen.uncertain, blank=chosen.blank, per_label=dict(chosen.per_label)
+    )
+
+
+def _open(cfg: FinetuneConfig) -> tuple[ShardIndex, str, str]:
+    """Index, name of the data set, and what was inferred."""
+    data = cfg.data
+    if data.shards is not None:
+        folder = Path(data.shards)
+        return load_index(folder), _name(folder), ""
+    if data.source is not None and data.root is not None:
+        source = open_source(data.source, data.root)
+        salt = keys.PUBLIC_SALT if source.public else keys.load_salt(data.salt_file)
+        return from_records(source, salt), data.source, ""
+    if cfg.train_dir is not None:
+        source, note = _two_folders(cfg.train_dir, cfg.val_dir, data.valid_share)
+        name = _name(Path(cfg.train_dir))
+        if name in ("train", "mod_train"):  # the folder above says what it is
+            name = _name(Path(os.path.abspath(cfg.train_dir)).parent)
+        return from_records(source, keys.PUBLIC_SALT), name, note
+    if data.images is not None:
+        return (*open_folder(Path(data.images), data.valid_share, data.valid_split),)
+    raise ValueError(
+        "there is no target: give a folder of images with --images DIR, shards with --shards DIR, or train_dir and "
+        "val_dir in the fine-tuning configuration"
+    )
+
+
+def open_folder(folder: Path, valid_share: float, valid_split: str = "valid") -> tuple[ShardIndex, str, str]:
+    """An image folder as an index in memory, its name, and what was inferred.
+
+    Keys come from the public salt: the files are the user's own and lie beside the results, and a selection by seed
+    is then the same for everybody who has the same files.
+    """
+    source = ImageFolder(folder)
+    note = ""
+    if valid_split == "valid" and "valid" not in source.splits:
+        source = ImageFolder(folder, valid_share=valid_share)
+        note = _held_out(valid_share)
+    return from_records(source, keys.PUBLIC_SALT), _name(folder), note
+
+
+def _two_folders(train: str, valid: str | None, share: float) -> tuple[ImageFolder, str]:
+    train_dir = Path(os.path.abspath(Path(train).expanduser()))
+    if not train_dir.is_dir():
+        raise ValueError(f"train_dir {train} is not a folder: give the folder that holds one folder a class")
+    if valid is None:
+        return ImageFolder(train_dir, folders={"train": "."}, valid_share=share), _held_out(share)
+    valid_dir = Path(os.path.abspath(Path(valid).expanduser()))
+    if not valid_dir.is_dir():
+        raise ValueError(f"val_dir {valid} is not a folder: give the folder that holds one folder a class")
+    real = Path(os.path.realpath(train_dir)), Path(os.path.realpath(valid_dir))  # a link to it is the same folder
+    if real[0] == real[1] or real[0] in real[1].parents or real[1] in real[0].parents:
+        raise ValueError(f"train_dir {train} and val_dir {valid} lie in each other: validation images must be others")
+    root = Path(os.path.commonpath([train_dir, valid_dir]))
+    folders = {"train": train_dir.relative_to(root).as_posix(), "valid": valid_dir.relative_to(root).as_posix()}
+    return ImageFolder(root, folders=folders), ""
+
+
+def _held_out(share: float) -> str:
+    return f"no validation folder: {share:.0%} of the training images are held out, chosen by their names"
+
+
+def _name(folder: Path) -> str:
+    return Path(os.path.abspath(folder.expanduser())).name
+
+
+def sides(target: Target, split: str) -> tuple[int, int]:
+    """(height, width) of the image of median area among some that are spread evenly over the split."""
+    count = len(target.index.table(split))
+    rows = np.unique(np.linspace(0, count - 1, PROBED).astype(np.int64))
+    areas = probe_areas(target.index, split, rows)
+    middle = areas[np.argsort(areas.prod(axis=1), kind="stable")[len(areas) // 2]]
+    return int(middle[0]), int(middle[1])
+
+
+def choose_resolution(target: Target, split: str) -> tuple[tuple[int, int], str]:
+    """BiT-HyperRule's (precrop, crop) for the training images, and why."""
+    height, width = sides(target, split)
+    return resolution(height, width), f"images of about {width} x {height}"
+
+
+def shortened(names: Sequence[str], most: int = 12) -> str:
+    """Names as text, cut where there are many."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"

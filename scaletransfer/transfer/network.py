@@ -1,0 +1,264 @@
+"""The network of a transfer: which, with what values, normalisation and head."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaletransfer.config import FinetuneConfig, PretrainConfig
+from scaletransfer.engine.build import Values
+from scaletransfer.models import create_model, head_names, initial_tensors
+from scaletransfer.models.weights import StateDict, architecture_of, load_pretrained, locate
+from scaletransfer.transfer.data import shortened
+
+PRETRAINED_MODELS = Path("pretrained_models")
+Numbers = float | list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Where a run starts from."""
+
+    model: str
+    """Name of the architecture."""
+    title: str
+    """Name of the pre-trained model in results; "scratch" for drawn values."""
+    path: str | None
+    state: StateDict | None
+    """None: drawn values."""
+    label_names: tuple[str, ...] | None
+    mean: Numbers
+    std: Numbers
+    xray: bool
+    """Whether it was trained on X-rays, whose anatomy has sides."""
+    digest: str
+    """sha256 of the weights' file; "" for drawn values."""
+
+
+def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretrain_name: str | None) -> Pretrained:
+    """Read the checkpoint that a run starts from, or say what is drawn.
+
+    pretrain: the pre-training configuration, where one was given; pretrain_name: its name, which is also that of its
+    folder in pretrained_models/.
+
+    Raises:
+        ValueError: no checkpoint named or found, one that is of another network, or normalisations that contradict
+            each other or are not known.
+    """
+    path = _path(cfg, pretrain_name)
+    if cfg.model.from_scratch:
+        return _drawn(cfg, pretrain, path)
+    if path is None:
+        raise ValueError(
+            "there is no pre-trained model: give --model-path PATH, or --pretrain-config FILE whose model lies in "
+            f"{PRETRAINED_MODELS}/, or start from drawn values with --from-scratch"
+        )
+    wanted = cfg.model.name or (pretrain.model.name if pretrain is not None else None)
+    state, card = load_pretrained(path, model_name=wanted)
+    name = wanted or card.get("model") or architecture_of(state)
+    if not isinstance(name, str):
+        raise ValueError(f"{path} does not say which network it is of: set model.name=..., such as BiT-S-R50x1")
+    mean, std = _normalisation(cfg, pretrain, card, path)
+    names = card.get("label_names")
+    kind = card.get("transform", {}).get("kind") or (pretrain.data.transform if pretrain is not None else None)
+    xray = kind == "xray" or bool(card.get("transform", {}).get("xray"))
+    return Pretrained(
+        model=name,
+        title=title_of(path),
+        path=str(path),
+        state=state,
+        label_names=None if names is None else tuple(names),
+        mean=mean,
+        std=std,
+        xray=xray,
+        digest=_digest(path, card),
+    )
+
+
+def title_of(path: Path) -> str:
+    """The model's name in results: of its folder or file, but of the folder above where that is just "model"."""
+    path = Path(os.path.abspath(path))
+    name = path.name if path.is_dir() else path.name.removesuffix(".tar").rpartition(".")[0]
+    while name == "model":  # runs/<run>/model/model.safetensors
+        path = path.parent
+        name = path.name
+    return name
+
+
+def _path(cfg: FinetuneConfig, pretrain_name: str | None) -> Path | None:
+    if cfg.model.path is not None:
+        path = Path(cfg.model.path)
+        if not path.exists():
+            raise ValueError(f"there is no pre-trained model {path}: correct --model-path")
+        if (path / "checkpoints").is_dir() and not (path / "model.safetensors").exists():
+            if (path / "model" / "model.safetensors").exists():  # a fine-tuning run: its result
+                return path / "model"
+            raise ValueError(f"{path} is a run, not a model: write its model first with scaletransfer export {path}")
+        return path
+    if pretrain_name is None:
+        return None
+    path = PRETRAINED_MODELS / pretrain_name
+    if not path.exists() and not cfg.model.from_scratch:
+        raise ValueError(
+            f"there is no {path}: put the model there (scaletransfer export runs/{pretrain_name} --to {path}), or give "
+            "--model-path"
+        )
+    return path
+
+
+def _drawn(cfg: FinetuneConfig, pretrain: PretrainConfig | None, path: Path | None) -> Pretrained:
+    """Drawn values of the same network, normalised alike: what the pre-trained one is compared with."""
+    card: dict[str, Any] = {}
+    name = cfg.model.name or (pretrain.model.name if pretrain is not None else None)
+    if path is not None and path.exists():
+        beside = locate(path).with_suffix(".json")
+        if beside.is_file():
+            card = json.loads(beside.read_text(encoding="utf-8"))
+        name = name or card.get("model") or architecture_of(load_pretrained(path)[0])
+    if name is None:
+        raise ValueError("from scratch, but which network? Set model.name=BiT-S-R50x1, or give --pretrain-config")
+    kind = card.get("transform", {}).get("kind") or (pretrain.data.transform if pretrain is not None else None)
+    known = card.get("normalisation") or (
+        {"mean": pretrain.data.mean, "std": pretrain.data.std} if pretrain is not None else {"mean": 0.5, "std": 0.5}
+    )
+    return Pretrained(
+        model=name,
+        title="scratch",
+        path=None,
+        state=None,
+        label_names=None,
+        mean=cfg.data.mean if cfg.data.mean is not None else known["mean"],
+        std=cfg.data.std if cfg.data.std is not None else known["std"],
+        xray=kind == "xray" or bool(card.get("transform", {}).get("xray")),
+        digest="",
+    )
+
+
+def _normalisation(
+    cfg: FinetuneConfig, pretrain: PretrainConfig | None, card: dict[str, Any], path: Path
+) -> tuple[Numbers, Numbers]:
+    """Mean and deviation that the checkpoint was trained with; everybody who names them must name the same."""
+    said: dict[str, tuple[Numbers, Numbers]] = {}
+    if "normalisation" in card:
+        said[f"{path}"] = (card["normalisation"]["mean"], card["normalisation"]["std"])
+    elif card.get("format") == "google-npz":
+        said[f"{path} (Google's BiT)"] = (0.5, 0.5)
+    if pretrain is not None:
+        said["the pre-training configuration"] = (pretrain.data.mean, pretrain.data.std)
+    if cfg.data.mean is not None or cfg.data.std is not None:
+        first = next(iter(said.values()), (None, None))
+        mean = cfg.data.mean if cfg.data.mean is not None else first[0]
+        std = cfg.data.std if cfg.data.std is not None else first[1]
+        if mean is None or std is None:
+            raise ValueError("give data.mean and data.std together")
+        said["data.mean and data.std"] = (mean, std)
+    if not said:
+        raise ValueError(
+            f"{path} does not say how its images were normalised: give the --pretrain-config it was made with, or "
+            "data.mean=... and data.std=..."
+        )
+    (first_name, first), *others = said.items()
+    for name, other in others:
+        if [_three(value) for value in other] != [_three(value) for value in first]:
+            raise ValueError(
+                f"normalisation does not fit: {first_name} has mean {first[0]} and std {first[1]}, {name} mean "
+                f"{other[0]} and std {other[1]}; the network would see other pixels than it was trained on, so leave "
+                "data.mean and data.std out, or give the configuration that belongs to the checkpoint"
+            )
+    return first
+
+
+def _three(value: Numbers) -> list[float]:
+    numbers = value if isinstance(value, list) else [value]
+    return [float(v) for v in (numbers * 3 if len(numbers) == 1 else numbers)]
+
+
+def _digest(path: Path, card: dict[str, Any]) -> str:
+    if isinstance(card.get("sha256"), str):
+        return str(card["sha256"])
+    with locate(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def decide_head(mode: str, start: Pretrained, names: Sequence[str]) -> tuple[str, str]:
+    """("keep" or "new", a sentence why): the head is kept where it means the same.
+
+    Raises:
+        ValueError: as many classes but other names, or names in another order (both lists are shown), unless ``mode``
+            is "new"; a head that cannot be kept although ``mode`` is "keep".
+    """
+    if start.state is None:
+        return "new", f"new head of {len(names)} outputs"
+    with torch.device("meta"):
+        skeleton = create_model(start.model, len(names))
+    weights = [name for name in head_names(skeleton) if name.endswith("weight")]
+    held = len(start.state[weights[0]]) if weights and weights[0] in start.state else 0
+    if mode == "new":
+        return "new", f"new head of {len(names)} outputs (the checkpoint has {held})"
+    if held != len(names):
+        if mode == "keep":
+            raise ValueError(
+                f"model.head is keep but {start.path} has {held} outputs and the data {len(names)} classes: set "
+                "model.head=new"
+            )
+        return (
+            "new",
+            f"the checkpoint's head has {held} outputs and the data {len(names)} classes: replaced by a new head",
+        )
+    if start.label_names is None:
+        if mode == "keep":
+            return "keep", f"head of {held} outputs kept, as asked; the checkpoint does not name its labels"
+        return "new", f"the checkpoint does not name its {held} labels: its head is replaced by a new one"
+    if start.label_names == tuple(names):
+        return "keep", f"head kept: its {held} labels are those of the data (model.head=new draws a new one)"
+    raise ValueError(
+        f"label names do not fit: {start.path} has {shortened(start.label_names)}; the data has {shortened(names)}; "
+        "its head means something else, set model.head=new for a new one"
+    )
+
+
+def starting_values(start: Pretrained, head: str, protocol: str, seed: int) -> Callable[[nn.Module], Values]:
+    """Where each tensor's values come from, for the engine.
+
+    A new head is all zeros under ``bit``, drawn like PyTorch's own under ``paper``.
+
+    Raises (when called): ValueError for a checkpoint that does not fit the network.
+    """
+
+    def values(skeleton: nn.Module) -> Values:
+        drawn = initial_tensors(skeleton, seed)
+        own = skeleton.state_dict()
+        new = set(head_names(skeleton)) if head == "new" else set()
+        if start.state is not None:
+            _check_fits(start, own, new)
+
+        def value(name: str) -> Tensor:
+            if name in new and protocol == "bit":
+                return torch.zeros(own[name].shape, dtype=torch.float32, device="cpu")
+            if start.state is None or name in new:
+                return drawn(name)
+            return start.state[name].float()
+
+        return value
+
+    return values
+
+
+def _check_fits(start: Pretrained, own: StateDict, new: set[str]) -> None:
+    state = start.state or {}
+    odd = sorted(n for n in own if n not in new and (n not in state or state[n].shape != own[n].shape))
+    foreign = sorted(n for n in state if n not in own)
+    if odd or foreign:
+        first = f"{odd[0]} is missing or has another shape" if odd else f"{foreign[0]} has no place in it"
+        raise ValueError(
+            f"{start.path} does not fit {start.model}: {len(odd) + len(foreign)} tensors differ ({first}); set "
+            "model.name to the network of that checkpoint"
+        )
