@@ -27,7 +27,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "synthetic": Command("scaletransfer.synthetic:main", "draw a data set to try things with: CheXpert's layout, or a folder of images"),
+    "synthetic": Command(
+        "scaletransfer.synthetic:main", "draw a data set to try things with: CheXpert's layout, or a folder of images"
+    ),
     "make-shards": Command("scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"),
     "shards": Command("scaletransfer.shards:shards_main", "verify a folder of shards, or say what is in it"),
     "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),

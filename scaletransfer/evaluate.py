@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from scaletransfer import keys
 from scaletransfer.cli import CommandParser, callable_module, run_command
 from scaletransfer.engine.build import resolve_precision
 from scaletransfer.engine.evaluate import Inference, predict
-from scaletransfer.engine.rehearsal import make_accelerator
-from scaletransfer.engine.runlog import check_writable
+from scaletransfer.engine.rehearsal import end_group, make_accelerator
 from scaletransfer.engine.strategy import asked
 from scaletransfer.image_check import check_images
 from scaletransfer.index import from_records, load_index
@@ -36,6 +34,7 @@ from scaletransfer.models.weights import load_into, load_pretrained
 from scaletransfer.sources import open_source
 from scaletransfer.sources.image_folder import ImageFolder
 from scaletransfer.transfer.data import Target, make_target, shortened
+from scaletransfer.transfer.network import check_card
 from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions
 from scaletransfer.transforms import Normalizer, bit_transform, build_transform
 
@@ -60,8 +59,8 @@ def evaluate(
     Raises:
         ValueError: a model without model.json, data whose labels are not the model's, unreadable images.
     """
-    if out is not None:
-        check_writable(Path(out))
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
     path, state, card = open_model(Path(model))
     policy = LabelPolicy(**card["policy"]) if card.get("policy") else LabelPolicy()
     target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy)
@@ -113,6 +112,7 @@ def open_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
             f"{path} is a run, not a model: write its model first with scaletransfer export {path} --to DIR"
         )
     state, card = load_pretrained(path)
+    check_card(card, path)
     for key in ("model", "num_classes", "label_names", "task", "transform", "normalisation"):
         if key not in card:
             raise ValueError(
@@ -203,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=options.precision,
         resamples=options.bootstrap,
     )
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_group()
     return 0
 
 

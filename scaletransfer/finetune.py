@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from scaletransfer.cli import CommandParser, callable_module, run_command
 from scaletransfer.config import FinetuneConfig, PretrainConfig, describe, load_config, to_yaml
 from scaletransfer.engine.assemble import check_continues
+from scaletransfer.engine.rehearsal import end_group
 from scaletransfer.engine.strategy import asked
 from scaletransfer.transfer import run
 from scaletransfer.transfer.network import title_of
@@ -154,9 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logdir = options["logdir"] or default_logdir(cfg, pretrain_name)
     finetune(logdir, cfg, pretrain=pretrain, pretrain_name=pretrain_name)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_group()
     return 0
 
 

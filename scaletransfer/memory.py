@@ -203,7 +203,16 @@ def available(device: torch.device | str) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0, free + idle - DEVICE_MARGIN)
-    return int(min([_mem_available(Path("/proc/meminfo")), *_cgroup_rooms(Path("/"))]) * (1 - HOST_MARGIN))
+    rooms = [max(0, limit - used) for limit, used in _cgroups(Path("/"))]
+    return int(min([_meminfo(Path("/proc/meminfo"), "MemAvailable"), *rooms]) * (1 - HOST_MARGIN))
+
+
+def installed() -> int:
+    """Bytes of memory that this host (or this process' control groups, where they allow less) has, in use or not.
+
+    It does not change from minute to minute, so a choice that is made by it is the same every time.
+    """
+    return min([_meminfo(Path("/proc/meminfo"), "MemTotal"), *(limit for limit, _ in _cgroups(Path("/")))])
 
 
 def _set_checkpointing(network: Any, way: bool) -> bool:
@@ -290,11 +299,11 @@ def _nothing_fits(estimates: list[Estimate], smallest: int, budget: int, given: 
     )
 
 
-def _mem_available(meminfo: Path) -> int:
+def _meminfo(meminfo: Path, key: str) -> int:
     for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"{meminfo} has no line MemAvailable: set the budget of memory yourself.")
+    raise ValueError(f"{meminfo} has no line {key}: set the budget of memory yourself.")
 
 
 _CGROUPS = {
@@ -304,9 +313,9 @@ _CGROUPS = {
 }
 
 
-def _cgroup_rooms(root: Path) -> list[int]:
-    """Bytes that each memory limit over this process leaves; of the page cache, inactive files do not count as used."""
-    rooms = []
+def _cgroups(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of each memory limit over this process; inactive files in the page cache are not used."""
+    found = []
     listing = root / "proc/self/cgroup"
     for line in listing.read_text().splitlines() if listing.is_file() else []:
         _, controllers, path = line.split(":", 2)
@@ -321,8 +330,8 @@ def _cgroup_rooms(root: Path) -> list[int]:
             if all(f.is_file() for f in files) and files[0].read_text().strip() != "max":
                 stat = dict(entry.split() for entry in files[2].read_text().splitlines())
                 used = int(files[1].read_text()) - int(stat.get(idle, 0))
-                rooms.append(max(0, int(files[0].read_text()) - used))
-    return rooms
+                found.append((int(files[0].read_text()), used))
+    return found
 
 
 def _size(size: int) -> str:

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from scaletransfer.cli import run_command
 from scaletransfer.config import PretrainConfig, parse_args
 from scaletransfer.engine.assemble import build_trainer
+from scaletransfer.engine.rehearsal import end_group
 from scaletransfer.engine.strategy import asked
 
 
@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{trainer.folder} is complete: {trainer.start} of {trainer.total} steps are done")
     else:
         trainer.run()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_group()
     return 0
 
 

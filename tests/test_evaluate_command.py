@@ -125,6 +125,7 @@ def test_fine_tuning_on_two_processes_is_that_of_one(images, tmp_path):
         (["--images", "OTHER"], r"label names do not fit: .* has cat, dog, emu; .* has ant, bee"),
         (["--images", "ORDER"], r"label names do not fit: .* has cat, dog, emu; .* has cat, dog, fox"),
         (["--imges", "x"], "did you mean --images"),
+        (["--images", "IMAGES", "--out", __file__], "is a file: give a folder"),
     ],
 )
 def test_refusals(run, images, tmp_path, arguments, message):

@@ -265,6 +265,10 @@ def test_available_memory_of_the_host_is_psutils_at_most() -> None:
     assert 0 < available("cpu") < theirs * 1.05
 
 
+def test_installed_memory_is_psutils_at_most_and_stays() -> None:
+    assert available("cpu") < memory.installed() <= psutil.virtual_memory().total
+
+
 def test_available_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 3 * GIB)
@@ -285,10 +289,10 @@ def test_every_control_group_over_the_process_counts(tmp_path: Path) -> None:
     cgroup(top / "job/step", two, "max", 5, "anon 1\ninactive_file 2")
     cgroup(top / "job", two, "100", 60, "anon 40\ninactive_file 20")
     (tmp_path / "proc/self/cgroup").write_text("5:cpu,cpuacct:/x\n0::/job/step\n")
-    assert memory._cgroup_rooms(tmp_path) == [60]
+    assert memory._cgroups(tmp_path) == [(100, 40)]
     cgroup(top / "memory", one, "300", 200, "inactive_file 9\ntotal_inactive_file 50")
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/docker/of/the/host\n")
-    assert memory._cgroup_rooms(tmp_path) == [150]
+    assert memory._cgroups(tmp_path) == [(300, 150)]
 
 
 # In a process of its own, where freed memory goes back at once, so that resident memory is what is in use.

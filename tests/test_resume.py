@@ -58,7 +58,7 @@ def command(capfd: pytest.CaptureFixture[str], config: Path, *overrides: str) ->
         ("data.policy.name=paper", '"paper"'),
         ("data.policy.uncertain=ones", '"ones"'),
         ("optimizer.name=sgd_agc", 'optimizer "sgd", but this run has "sgd_agc"'),
-        ("data.image_size=32", '"size": 32'),
+        ("data.image_size=32", "transform.size"),
         ("data.mean=0.4", "0.4"),
         ("data.train_split=valid", '"valid"'),
         ("model.name=BiT-S-R50x1", 'model "BiT-tiny", but this run has "BiT-S-R50x1"'),

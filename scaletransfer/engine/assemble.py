@@ -235,13 +235,28 @@ def pixel_max(train: ShardDataset) -> int:
 
 def check_continues(found: Checkpoint, facts: dict[str, Any]) -> None:
     """ValueError that names the first fact in which the checkpoint's run and this configuration differ."""
-    for key, wanted in facts.items():
-        stored = found.facts.get(key)
-        if stored != wanted:
-            raise ValueError(
-                f"{found.folder} was made with {key} {_short(stored)}, but this run has {_short(wanted)}: a run cannot "
-                "change it on the way; choose another folder for the new run or restore the old value"
-            )
+    difference = _difference("", {key: found.facts.get(key) for key in facts}, facts)
+    if difference is not None:
+        name, stored, wanted = difference
+        raise ValueError(
+            f"{found.folder} was made with {name} {_short(stored)}, but this run has {_short(wanted)}: a run cannot "
+            "change it on the way; give the new run another name (name=...; for fine-tuning, --logdir) or restore the "
+            "old value"
+        )
+
+
+def _difference(name: str, stored: Any, wanted: Any) -> tuple[str, Any, Any] | None:
+    """(dotted name, value, value) of the innermost fact in which the two differ first, or None."""
+    if stored == wanted:
+        return None
+    pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        above = f"{name}." if name else ""
+        pairs = [(above + key, stored.get(key), wanted.get(key)) for key in {**wanted, **stored}]
+    elif name == "data" and len(stored or ()) == len(wanted):
+        pairs = [(f"{name}[{i}]", stored[i], wanted[i]) for i in range(len(wanted))]
+    found = (_difference(*pair) for pair in pairs)
+    return next((one for one in found if one is not None), (name, stored, wanted))
 
 
 def _short(value: Any) -> str:

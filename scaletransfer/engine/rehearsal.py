@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -35,3 +36,10 @@ def make_accelerator(strategy: Strategy) -> Accelerator:
     if strategy.engine == "fsdp2":
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(cpu=True, mixed_precision="no")
+
+
+def end_group() -> None:
+    """The end of a command that may run on several processes: wait for the other ranks, then leave the group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -24,7 +24,10 @@ def check_writable(folder: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "may not be written" if nearest.is_dir() else "is a file"
-        raise ValueError(f"the run folder {folder} cannot be written ({nearest} {why}): choose another folder")
+        raise ValueError(
+            f"the run folder {folder} cannot be written ({nearest} {why}): set another run_dir or name (for "
+            "fine-tuning, --logdir)"
+        )
 
 
 def claim(folder: Path) -> IO[str]:
@@ -44,7 +47,8 @@ def claim(folder: Path) -> IO[str]:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             handle.close()
             raise ValueError(
-                f"another process trains in {folder}: wait for it, end it, or choose another folder for this run"
+                f"another process trains in {folder}: wait for it, end it, or give this run another name (name=...; "
+                "for fine-tuning, --logdir)"
             ) from error
         # Some network file systems have no locks: then nothing keeps two runs apart but the person who starts them.
     return handle

@@ -229,7 +229,7 @@ class Trainer:
             self.log.row({"event": "not finite", "step": step, "loss": str(loss), "keys": keys.split("\n")})
             raise ValueError(
                 f"the loss of step {step} is {loss} and its gradient norm {norm}: training has diverged; "
-                "lower the learning rate, or look at the samples whose keys stand in "
+                "lower optimizer.base_lr (for fine-tuning, optimizer.lr), or look at the samples whose keys stand in "
                 f"{self.folder}/metrics.jsonl; the checkpoints before it are sound"
             )
         row: dict[str, Any] = {

@@ -63,6 +63,7 @@ def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretra
         )
     wanted = cfg.model.name or (pretrain.model.name if pretrain is not None else None)
     state, card = load_pretrained(path, model_name=wanted)
+    check_card(card, path)
     name = wanted or card.get("model") or architecture_of(state)
     if not isinstance(name, str):
         raise ValueError(f"{path} does not say which network it is of: set model.name=..., such as BiT-S-R50x1")
@@ -96,7 +97,7 @@ def title_of(path: Path) -> str:
 def _path(cfg: FinetuneConfig, pretrain_name: str | None) -> Path | None:
     if cfg.model.path is not None:
         path = Path(cfg.model.path)
-        if not path.exists():
+        if cfg.model.from_scratch and not path.exists():  # its normalisation is wanted, and would silently be another
             raise ValueError(f"there is no pre-trained model {path}: correct --model-path")
         if (path / "checkpoints").is_dir() and not (path / "model.safetensors").exists():
             if (path / "model" / "model.safetensors").exists():  # a fine-tuning run: its result
@@ -114,6 +115,29 @@ def _path(cfg: FinetuneConfig, pretrain_name: str | None) -> Path | None:
     return path
 
 
+def check_card(card: Any, path: Path) -> None:
+    """ValueError where a field of model.json, if it is there, is not what `scaletransfer export` writes."""
+
+    def numbers(value: Any) -> bool:
+        values = value if isinstance(value, list) else [value]
+        return len(values) in (1, 3) and all(isinstance(v, int | float) for v in values)
+
+    def normalisation(value: Any) -> bool:
+        return isinstance(value, dict) and numbers(value.get("mean")) and numbers(value.get("std"))
+
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "model": ("the name of a network", lambda v: isinstance(v, str)),
+        "num_classes": ("a whole number", lambda v: isinstance(v, int)),
+        "label_names": ("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v)),
+        "normalisation": ("mean and std, each one number or three", normalisation),
+        "transform": ("kind and size", lambda v: isinstance(v, dict) and isinstance(v.get("size"), int)),
+        "policy": ("a label policy", lambda v: isinstance(v, dict)),
+    }
+    for key, (what, fits) in kinds.items():
+        if not isinstance(card, dict) or (key in card and not fits(card[key])):
+            raise ValueError(f"{path}: the field {key!r} of its model.json must be {what}: export the model again")
+
+
 def _drawn(cfg: FinetuneConfig, pretrain: PretrainConfig | None, path: Path | None) -> Pretrained:
     """Drawn values of the same network, normalised alike: what the pre-trained one is compared with."""
     card: dict[str, Any] = {}
@@ -122,6 +146,7 @@ def _drawn(cfg: FinetuneConfig, pretrain: PretrainConfig | None, path: Path | No
         beside = locate(path).with_suffix(".json")
         if beside.is_file():
             card = json.loads(beside.read_text(encoding="utf-8"))
+            check_card(card, path)
         name = name or card.get("model") or architecture_of(load_pretrained(path)[0])
     if name is None:
         raise ValueError("from scratch, but which network? Set model.name=BiT-S-R50x1, or give --pretrain-config")

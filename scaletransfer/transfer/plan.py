@@ -170,9 +170,8 @@ def _fit_memory(
         )
     budget = None if cfg.memory_gb is None else int(cfg.memory_gb * 1e9)
     if budget is None and device.type == "cpu":
-        # A host's free memory differs by the minute. A power of two of it rarely does, so that the same command
-        # chooses the same micro-batch, and with it the same rounding.
-        budget = 1 << max(0, (memory.available(device) // world).bit_length() - 1)
+        # Not what is free: that differs by the minute, and with it the micro-batch, and with that the rounding.
+        budget = memory.installed() // 2 // world
     name, size = cfg.model.name, cfg.data.resolution
     assert name is not None and size is not None
     checkpointing = cfg.model.activation_checkpointing
@@ -198,4 +197,8 @@ def _fit_memory(
         precision=choice.precision,
         model=replace(cfg.model, activation_checkpointing=choice.activation_checkpointing),
     )
-    return chosen, memory.describe(choice).splitlines()
+    lines = memory.describe(choice).splitlines()
+    free = memory.available(device) // (world if device.type == "cpu" else 1)
+    if choice.estimated > free:
+        lines.append(f"note: only {free / 2**30:.1f} GiB of memory are free now; set memory_gb to stay below")
+    return chosen, lines

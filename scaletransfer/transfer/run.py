@@ -130,6 +130,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
         # one seed, the same bytes: the fastest of cuDNN's backward convolutions add in any order
         torch.backends.cudnn.deterministic = True
     facts = run_facts(plan)
+    class_weights = _class_weights(plan)
     check_writable(folder)
     latest = checkpoints.find_latest(folder / "checkpoints")
     found = None if latest is None else checkpoints.open_checkpoint(latest)
@@ -184,7 +185,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
     return Trainer(
         cfg=cfg,
         engine=engine,
-        loss=replace(make_loss(target.task), class_weights=_class_weights(plan)),  # type: ignore[arg-type]
+        loss=replace(make_loss(target.task), class_weights=class_weights),  # type: ignore[arg-type]
         names=target.names,
         train=train,
         valid=valid,
