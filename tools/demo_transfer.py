@@ -51,7 +51,7 @@ class Task:
     rates: tuple[float, ...]
 
 
-def write_digits(folder: Path, side: int = 64, valid: int = 40) -> None:
+def write_digits(folder: Path, side: int = 64, valid: int = 20) -> None:
     """scikit-learn's real handwritten digits (8 x 8 pixels, enlarged) as a folder of images, one folder a class."""
     import numpy as np
     from PIL import Image
