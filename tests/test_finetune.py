@@ -212,12 +212,22 @@ def test_masked_labels_from_shards(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    ["oversampling=true", "class_weights=balanced", "sampling=replacement", "mixup=0.1", "protocol=paper"],
+    ("option", "changes"),
+    [
+        ("oversampling=true", True),
+        ("sampling=replacement", True),
+        ("mixup=0.1", True),
+        ("protocol=paper", True),
+        ("data.flip=0", True),
+        ("optimizer.nesterov=true", True),
+        ("class_weights=balanced", False),  # the classes are equally large
+        ("allow_fewer=true", False),
+    ],
 )
-def test_options_run(images, pretrained, tmp_path, options):
-    finetune(tmp_path / "run", config(f"data.images={images}", f"model.path={pretrained}", options))
-    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+def test_an_option_changes_the_training_where_it_should(finished, images, pretrained, tmp_path, option, changes):
+    finetune(tmp_path / "run", config(f"data.images={images}", f"model.path={pretrained}", "seed=3", option))
+    found = losses(tmp_path / "run")
+    assert all(math.isfinite(loss) for loss in found) and (found != losses(finished)) == changes
 
 
 def test_seed_keys_of_the_published_configurations(images, pretrained, tmp_path):
@@ -267,6 +277,9 @@ def test_without_deepspeed_and_pandas(images, pretrained, tmp_path):
     assert (run / "result.json").is_file()
 
 
-def test_deterministic_weights_of_the_model(finished):
-    tensors = weights(finished)
-    assert tensors["head.conv.weight"].shape == (3, 1024, 1, 1) and tensors["head.conv.weight"].abs().sum() > 0
+def test_the_new_head_and_the_body_were_trained(finished, pretrained):
+    from safetensors.torch import load_file
+
+    before, after = load_file(pretrained / "model.safetensors"), weights(finished)
+    assert after["head.conv.weight"].shape[0] == 3 and after["head.conv.weight"].abs().sum() > 0
+    assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("body."))

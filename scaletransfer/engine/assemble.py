@@ -17,8 +17,8 @@ from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
-from scaletransfer.engine.runfolder import say_changes, write_run_folder
-from scaletransfer.engine.runlog import check_writable, claim
+from scaletransfer.engine.runfolder import take_folder
+from scaletransfer.engine.runlog import check_writable
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.trainer import Trainer
 from scaletransfer.index import ShardIndex, load_index
@@ -316,14 +316,7 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         checkpoints.load_momentum(engine, found)
     held = None
     if strategy.rank == 0:  # only now: what does not fit leaves no folder behind
-        held = claim(folder)
-        if checkpoints.find_latest(folder / "checkpoints") != latest:
-            raise ValueError(
-                f"{folder} got a checkpoint while this process started: start it again to go on from there"
-            )
-        if found is not None:
-            say_changes(folder / "config.yaml", cfg)
-        write_run_folder(folder, cfg, strategy)
+        held = take_folder(folder, cfg, strategy, latest)
     say_start(engine, found, total)
     return Trainer(
         cfg=cfg,

@@ -8,12 +8,32 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from scaletransfer.config import FinetuneConfig, PretrainConfig, to_yaml
+from scaletransfer.engine.checkpoint import find_latest
+from scaletransfer.engine.runlog import claim
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.files import write_atomically
+
+
+def take_folder(folder: Path, cfg: PretrainConfig | FinetuneConfig, strategy: Strategy, latest: Path | None) -> IO[str]:
+    """Claim the run folder, name what changed since an earlier start, write what a run says of itself. By rank 0.
+
+    latest: the checkpoint that this process goes on from. What is returned must stay open as long as the run lives.
+
+    Raises:
+        ValueError: another process trains there, or did since this one looked.
+    """
+    held = claim(folder)
+    if find_latest(folder / "checkpoints") != latest:
+        raise ValueError(f"{folder} got a checkpoint while this process started: start it again to go on from there")
+    if latest is not None:
+        say_changes(folder / "config.yaml", cfg)
+    write_run_folder(folder, cfg, strategy)
+    return held
 
 
 def write_run_folder(folder: Path, cfg: PretrainConfig | FinetuneConfig, strategy: Strategy) -> None:

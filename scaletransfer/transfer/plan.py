@@ -94,23 +94,6 @@ def make_plan(
         drawn = "replacement" if cfg.oversampling or (cfg.micro_batch or 0) > count else "permutation"
     cfg = replace(cfg, sampling=drawn)
     cfg, memory_said = _fit_memory(cfg, target, before, device or torch.device("cpu"), world)
-    shot = "all" if selection.shot is None else f"{selection.shot} a class"
-    unseen = without_samples(targets[selection.rows], target.names)
-    says = [
-        f"target {target.dataset}: {target.task}, {len(target.names)} classes: {shortened(target.names)}",
-        *([target.note] if target.note else []),
-        f"training on {count} of {len(targets)} images ({shot}), validating on "
-        f"{len(target.index.table(cfg.data.valid_split))}; {'with' if drawn == 'replacement' else 'without'} "
-        "replacement",
-        *([f"no training sample has {shortened(unseen)}: nothing is learnt of it"] if unseen else []),
-        f"network {start.model} from {start.path or 'drawn values (scratch)'}",
-        head_said,
-        f"resolution {size[0]}, crop {size[1]} ({why}); flip {flip:g}; mean {start.mean}, std {start.std}",
-        f"BiT-HyperRule ({cfg.protocol}): {rule.steps} steps of {cfg.global_batch} images, peak learning rate "
-        f"{peak:g}, warm-up {rule.warmup}, decays at {', '.join(map(str, rule.decays))}, "
-        + (f"mixup {alpha:g}" if alpha else "no mixup"),
-        *memory_said,
-    ]
     return Plan(
         cfg=cfg,
         target=target,
@@ -119,8 +102,40 @@ def make_plan(
         rule=rule,
         peak=peak,
         head=head,
-        says=tuple(says),
+        says=(*_says(cfg, target, start, selection, rule, targets, f"{peak:g}", why, head_said), *memory_said),
     )
+
+
+def _says(
+    cfg: FinetuneConfig,
+    target: Target,
+    start: Pretrained,
+    selection: Selection,
+    rule: HyperRule,
+    targets: np.ndarray,
+    peak: str,
+    why: str,
+    head: str,
+) -> list[str]:
+    """What was inferred, a line each."""
+    shot = "all" if selection.shot is None else f"{selection.shot} a class"
+    unseen = without_samples(targets[selection.rows], target.names)
+    size = cfg.data.resolution
+    assert size is not None
+    return [
+        f"target {target.dataset}: {target.task}, {len(target.names)} classes: {shortened(target.names)}",
+        *([target.note] if target.note else []),
+        f"training on {len(selection.rows)} of {len(targets)} images ({shot}), validating on "
+        f"{len(target.index.table(cfg.data.valid_split))}; {'with' if cfg.sampling == 'replacement' else 'without'} "
+        "replacement",
+        *([f"no training sample has {shortened(unseen)}: nothing is learnt of it"] if unseen else []),
+        f"network {start.model} from {start.path or 'drawn values (scratch)'}",
+        head,
+        f"resolution {size[0]}, crop {size[1]} ({why}); flip {cfg.data.flip:g}; mean {start.mean}, std {start.std}",
+        f"BiT-HyperRule ({cfg.protocol}): {rule.steps} steps of {cfg.global_batch} images, peak learning rate "
+        f"{peak}, warm-up {rule.warmup}, decays at {', '.join(map(str, rule.decays))}, "
+        + (f"mixup {cfg.mixup:g}" if cfg.mixup else "no mixup"),
+    ]
 
 
 def without_samples(targets: np.ndarray, names: Sequence[str]) -> list[str]:

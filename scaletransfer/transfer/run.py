@@ -27,8 +27,8 @@ from scaletransfer.engine.assemble import (
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.evaluate import score
-from scaletransfer.engine.runfolder import say_changes, write_run_folder
-from scaletransfer.engine.runlog import check_writable, claim
+from scaletransfer.engine.runfolder import take_folder
+from scaletransfer.engine.runlog import check_writable
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.trainer import Trainer
 from scaletransfer.export import export, prove
@@ -171,14 +171,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
         checkpoints.load_momentum(engine, found)
     held = None
     if strategy.rank == 0:
-        held = claim(folder)
-        if checkpoints.find_latest(folder / "checkpoints") != latest:
-            raise ValueError(
-                f"{folder} got a checkpoint while this process started: start it again to go on from there"
-            )
-        if found is not None:
-            say_changes(folder / "config.yaml", cfg)
-        write_run_folder(folder, cfg, strategy)
+        held = take_folder(folder, cfg, strategy, latest)
         save_selection(plan.selection, target.index, cfg.data.train_split, folder / SELECTION)
     say_start(engine, found, steps)
     mixing = Mixup(seed=cfg.seed, alpha=cfg.mixup, classes=len(target.names)) if cfg.mixup else None

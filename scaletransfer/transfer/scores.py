@@ -41,17 +41,16 @@ def scores(
 
 def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
     """float64 [n, L]: the sigmoid (multi-label) or softmax (multi-class) of logits [n, L]."""
-    x = logits.astype(np.float64)
-    if task == "multilabel":
-        return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))
-    p = np.exp(x - x.max(axis=1, keepdims=True))
-    return np.asarray(p / p.sum(axis=1, keepdims=True))
+    from scipy.special import expit, softmax  # here, as it takes a while to import
+
+    values = logits.astype(np.float64)
+    return np.asarray(expit(values) if task == "multilabel" else softmax(values, axis=1))
 
 
 def write_predictions(
     path: Path, task: str, predicted: dict[str, np.ndarray], index: ShardIndex, split: str, names: Sequence[str]
 ) -> None:
-    """One row an image: key, for image files their path, patient code where known, labels, probabilities.
+    """One row an image: key, for image files their path, labels, probabilities.
 
     Multi-class: ``label``, ``predicted`` and ``p:<class>`` (above 200 classes the five most probable as
     ``class_1, p_1, ...``). Multi-label: ``label:<name>`` (1, 0, empty for unknown) and ``p:<name>``. Atomic.
