@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scaletransfer.decode import decode, image_size
+from scaletransfer.image_files import INSIDE
+from scaletransfer.image_files import read_image as read_image_file
 from scaletransfer.index import ShardIndex
 from scaletransfer.loader import ShardReader, Source, dead_workers_named, image_place, read_image
 
@@ -67,6 +69,8 @@ def probe_areas(index: ShardIndex, split: str, rows: NDArray[np.integer]) -> NDA
     def size(row: int) -> tuple[int, int]:
         entry = index.table(split)[row]
         path = index.path(split, int(entry["shard"]))
+        if index.in_memory and INSIDE in (name := index.splits[split].shards[int(entry["shard"])].file):
+            return image_size(read_image_file(index.folder, name))
         try:
             with open(path, "rb") as file:  # not ShardReader: its open files belong to one thread
                 file.seek(int(entry["offset"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from scaletransfer.files import (
     strings_of,
     write_atomically,
 )
+from scaletransfer.image_files import file_of
 from scaletransfer.records import (
     ImageInfo,
     RecordLike,
@@ -39,6 +41,7 @@ from scaletransfer.records import (
 )
 from scaletransfer.sample_table import (
     count_patients,
+    label_rows,
     label_totals,
     open_table,
     patient_numbers,
@@ -50,7 +53,8 @@ FORMAT = "scaletransfer-shards"
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 SPLITS = ("train", "valid", "test")
-TASKS = {"multilabel": "states", "multiclass": "classes"}
+LABEL_KINDS = {"states": "multilabel", "tokens": "multilabel", "classes": "multiclass"}
+"""What a label of a sample is -> the task.  Tokens are names of what an image shows; in the table they are states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +105,8 @@ class ShardIndex:
     encoder: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     plan_sha256: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows of the source's table that gave no sample, by reason."""
     in_memory: bool = False
     _tables: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
 
@@ -194,7 +200,8 @@ def write_index(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = None) -> ShardIndex:
-    """The same index made in memory over image files as they lie, each a "shard" with one image at offset 0.
+    """The same index made in memory over image files as they lie: a file is a "shard" with one image at offset 0,
+    a tar one with many; an image in another archive stands under its name there (`image_files.read_image`).
 
     `source` is an opened source (its options choose the views), `salt` makes the keys.  Without `image` the
     headers of up to 2,048 images spread over the records tell channels and bit depth (`records.probe_images`).
@@ -202,7 +209,7 @@ def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = N
     number) and for a file among those 2,048 that is not an image (naming it).
     """
     by_split: dict[str, list[RecordLike]] = {}
-    for record in source:
+    for record in source.locate(list(source)):
         by_split.setdefault(record.split, []).append(record)
     if not by_split:
         raise ValueError(f"{source.root} holds no records of {source.name}; check --root and the views")
@@ -227,11 +234,18 @@ def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = N
         records, rows = by_split[split], slice(start, start + len(by_split[split]))
         start = rows.stop
         table = np.zeros(len(records), table_dtype(source.task, len(source.label_names)))
-        table["shard"], table["size"] = np.arange(len(records)), sizes[rows]
+        files = {name: number for number, name in enumerate(dict.fromkeys(map(_read_as, records)))}
+        table["shard"], table["size"] = [files[_read_as(record)] for record in records], sizes[rows]
+        table["offset"] = [record.span[0] if record.span else 0 for record in records]
+        counts = Counter(map(_read_as, records))
+        ends: dict[str, int] = {}
+        for record, offset, size in zip(records, table["offset"].tolist(), sizes[rows], strict=True):
+            ends[_read_as(record)] = max(ends.get(_read_as(record), 0), offset + size)
         table["key"] = [key_number(key) for key in keys[rows]]
         table["patient"] = [numbers[code] for code in codes[rows]]
         table["view"] = [views.index(record.view) if record.view else -1 for record in records]
-        table["labels" if source.task == "multilabel" else "label"] = [record.labels for record in records]
+        labels = label_rows([record.labels for record in records], source.label_kind, source.label_names)
+        table["labels" if source.task == "multilabel" else "label"] = labels
         table.flags.writeable = False
         digest.update(split.encode() + table.tobytes())
         tables[split] = table
@@ -240,10 +254,7 @@ def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = N
             patients=count_patients(table),
             table_file="",
             table_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
-            shards=tuple(
-                ShardInfo(file=record.image, samples=1, bytes=size, sha256="")
-                for record, size in zip(records, sizes[rows], strict=True)
-            ),
+            shards=tuple(ShardInfo(file=file, samples=counts[file], bytes=ends[file], sha256="") for file in files),
             totals=label_totals(table, source.task, source.label_names),
             quarantine=(),
         )
@@ -252,16 +263,22 @@ def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = N
         source=source.name,
         task=source.task,
         label_names=tuple(source.label_names),
-        label_kind=TASKS[source.task],
+        label_kind=source.label_kind,
         views=views,
         image=image or probe_images(Path(source.root), ordered),
         splits=splits,
         salt_fingerprint=sample_keys.fingerprint(salt),
         licence=source.licence,
         digest=digest.hexdigest(),
+        left_out=dict(source.left_out),
         in_memory=True,
         _tables=tables,
     )
+
+
+def _read_as(record: RecordLike) -> str:
+    """The file that an image in memory is read from: by its span from the archive, else under its whole name."""
+    return file_of(record.image) if record.span else record.image
 
 
 def split_to_json(split: SplitInfo) -> dict[str, Any]:
@@ -273,11 +290,14 @@ def split_to_json(split: SplitInfo) -> dict[str, Any]:
 
 def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) -> ShardIndex:
     task = field_of(content, "task", str, path)
-    if task not in TASKS:
-        raise ValueError(f"{path}: task {task!r} is unknown; this program reads {', '.join(TASKS)}")
+    if task not in LABEL_KINDS.values():
+        raise ValueError(
+            f"{path}: task {task!r} is unknown; this program reads {', '.join(sorted(set(LABEL_KINDS.values())))}"
+        )
     kind = field_of(content, "label_kind", str, path)
-    if kind != TASKS[task]:
-        raise ValueError(f"{path}: label_kind {kind!r} does not fit task {task!r}; expected {TASKS[task]!r}")
+    if LABEL_KINDS.get(kind) != task:
+        fitting = " or ".join(repr(name) for name, its in LABEL_KINDS.items() if its == task)
+        raise ValueError(f"{path}: label_kind {kind!r} does not fit task {task!r}; expected {fitting}")
     names = tuple(strings_of(content, "label_names", path))
     if not names or len(set(names)) != len(names):
         raise ValueError(f"{path}: label_names is empty or names a label twice")
@@ -305,6 +325,7 @@ def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) ->
         encoder=field_of(content, "encoder", dict, path),
         options=field_of(content, "options", dict, path),
         plan_sha256=field_of(content, "plan_sha256", str, path),
+        left_out=field_of(content, "left_out", dict, path) if "left_out" in content else {},
     )
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from scaletransfer import labels
+from scaletransfer import image_files, labels
 from scaletransfer.decode import decode
+from scaletransfer.image_files import INSIDE
 from scaletransfer.index import ShardIndex
 from scaletransfer.order import Positions, rank_positions, sample_seed
 from scaletransfer.transforms import seeded
@@ -215,6 +216,8 @@ def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> 
     path = str(index.path(split, int(entry["shard"])))
     offset, size = int(entry["offset"]), int(entry["size"])
     if index.in_memory:
+        if INSIDE in (name := index.splits[split].shards[int(entry["shard"])].file):
+            return image_files.read_image(index.folder, name)
         return reader.read(path, offset, size, "it was changed after it was listed")
     # The tar header before the image names the sample: another data set's shard may well have the same size.
     data = reader.read(path, offset - _TAR_BLOCK, size + _TAR_BLOCK)

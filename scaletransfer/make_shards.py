@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         allow_missing=options.allow_missing,
         options=recorded,
     )
-    out = options.out or Path("shards") / options.source
+    _say(source)
+    out = options.out or Path("shards") / source.name
     total = sum(len(samples) for samples in plan.samples.values())
     # disable=None: no bar where nobody looks (a log file); counts per shard if several processes work
     with tqdm(total=total, unit="img", desc=f"{options.source} -> {out}", disable=None) as bar:
@@ -56,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _list(source: Any, salt: bytes, options: argparse.Namespace) -> int:
     if options.check_images:
-        check_images(source, list(source), allow_missing=options.allow_missing)
+        check_images(source, source.locate(list(source)), allow_missing=options.allow_missing)
     summary: dict[str, Any] = write_listing(source, options.list, options.labels or "corrected", salt)
+    _say(source)
     print(f"{options.list}: {summary['rows']:,} rows")
     for split, rows in summary["splits"].items():
         patients = summary["patients"][split]
@@ -66,6 +69,14 @@ def _list(source: Any, salt: bytes, options: argparse.Namespace) -> int:
         shown = ", ".join(f"{n:,} {state}" for state, n in counts.items()) if isinstance(counts, dict) else counts
         print(f"  {name}: {shown}")
     return 0
+
+
+def _say(source: Any) -> None:
+    """What the source has to say about its rows, on standard error."""
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for reason, rows in source.left_out.items():
+        print(f"left out: {rows:,} rows, {reason}", file=sys.stderr)
 
 
 def _print_report(out: Path, report: BuildReport) -> None:
@@ -111,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "shards/README.md). A build that was interrupted continues when the same command is given again.",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help=f"the data set: {', '.join(SOURCES)}")
+    add("source", metavar="SOURCE", help=f"the data set: {', '.join(SOURCES)}, or module:Class")
     add("--root", required=True, type=Path, help="folder of the data set")
     add("--out", type=Path, help="folder of the shards (default: shards/SOURCE)")
     add("--list", type=Path, metavar="FILE.csv", help="write the table of what would be sharded, and stop")

@@ -5,17 +5,16 @@ The protocols are met by `scaletransfer.sources`, which this module does not imp
 
 from __future__ import annotations
 
-import os
-import stat
+import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from scaletransfer import keys as sample_keys
-from scaletransfer.files import inside
+from scaletransfer.image_files import INSIDE, image_size, read_image
 
 _PROBE_THREADS = 16
 
@@ -48,9 +47,11 @@ class RecordLike(Protocol):
     @property
     def image(self) -> str: ...
     @property
-    def labels(self) -> tuple[int, ...] | int: ...
+    def labels(self) -> tuple[int, ...] | tuple[str, ...] | int: ...
     @property
     def view(self) -> str: ...
+    @property
+    def span(self) -> tuple[int, int] | None: ...
 
 
 class SourceLike(Protocol):
@@ -66,8 +67,16 @@ class SourceLike(Protocol):
     def root(self) -> Path: ...
     @property
     def label_names(self) -> tuple[str, ...]: ...
+    @property
+    def label_kind(self) -> str: ...
+    @property
+    def left_out(self) -> Mapping[str, int]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def __iter__(self) -> Iterator[RecordLike]: ...
+    def listed(self) -> Iterator[RecordLike]: ...
+    def locate(self, records: Sequence[Any]) -> Sequence[RecordLike]: ...
 
 
 def sample_keys_of(source: str, records: Sequence[RecordLike], salt: bytes) -> list[str]:
@@ -90,15 +99,8 @@ def key_number(key: str) -> int:
 
 
 def image_sizes(root: Path, records: Sequence[RecordLike]) -> list[int]:
-    """Bytes of every record's image file, -1 where there is none.  ValueError if one leaves the root."""
-    sizes = []
-    for record in records:
-        try:
-            status = os.stat(os.path.join(root, inside(record.image, root)))
-            sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else -1)
-        except (FileNotFoundError, NotADirectoryError):
-            sizes.append(-1)
-    return sizes
+    """Bytes of every record's image, -1 where there is none.  ValueError if one leaves the root."""
+    return [image_size(root, record.image, record.span) for record in records]
 
 
 def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) -> ImageInfo:
@@ -112,7 +114,10 @@ def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) 
     def mode(record: RecordLike) -> str:
         """Pillow's name of the pixel format, "" where the file is not an image."""
         try:
-            with Image.open(root / record.image) as picture:
+            place: Any = root / record.image
+            if INSIDE in record.image:
+                place = io.BytesIO(read_image(root, record.image, record.span))
+            with Image.open(place) as picture:
                 return picture.mode
         except MemoryError:
             raise

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+TOKEN_SEPARATOR = "|"
 STATE_NAMES = ("positive", "negative", "uncertain", "not_mentioned")  # of the values 1, 0, -1, -2
 
 
@@ -19,6 +20,24 @@ def table_dtype(task: str, labels: int) -> np.dtype[Any]:
     fields += [("patient", "<i4"), ("view", "<i2")]
     fields += [("labels", "i1", (labels,))] if task == "multilabel" else [("label", "<i4")]
     return np.dtype(fields)
+
+
+def label_rows(labels: Sequence[Any], kind: str, names: Sequence[str]) -> NDArray[Any]:
+    """Labels of records as the table keeps them: i1 [n, len(names)] of states, or <i4 [n] of classes.
+
+    kind: "states", "classes" or "tokens"; a token that a record lists is 1 there, every other one 0.  Raises
+    ValueError for a token that `names` lacks.
+    """
+    if kind != "tokens":
+        return np.asarray(labels, "<i4" if kind == "classes" else "i1")
+    place = {name: column for column, name in enumerate(names)}
+    rows = np.zeros((len(labels), len(names)), "i1")
+    for row, tokens in enumerate(labels):
+        for token in tokens:
+            if token not in place:
+                raise ValueError(f"the label {token!r} is not among the {len(names)} that the source names")
+            rows[row, place[token]] = 1
+    return rows
 
 
 def label_totals(table: NDArray[Any], task: str, label_names: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import numpy as np
 from scaletransfer.files import json_bytes, write_atomically
 from scaletransfer.index import (
     INDEX_NAME,
-    TASKS,
     ShardIndex,
     ShardInfo,
     SplitInfo,
@@ -30,7 +29,7 @@ from scaletransfer.index import (
     write_index,
 )
 from scaletransfer.records import key_number
-from scaletransfer.sample_table import count_patients, label_totals, table_dtype
+from scaletransfer.sample_table import count_patients, label_rows, label_totals, table_dtype
 from scaletransfer.shard_plan import Plan, Sample
 from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, finished, shard_tasks, write_all
 
@@ -211,7 +210,8 @@ def _finish(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> ShardI
     content = {
         "source": plan.source,
         "task": plan.task,
-        "label_kind": TASKS[plan.task],
+        "label_kind": plan.label_kind,
+        "left_out": dict(plan.left_out),
         "label_names": list(plan.label_names),
         "views": list(plan.views),
         "image": image,
@@ -268,7 +268,8 @@ def _table(plan: Plan, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
     table["key"] = [key_number(sample.key) for sample in samples]
     table["patient"] = [sample.patient_number for sample in samples]
     table["view"] = [views[sample.view] for sample in samples]
-    table["labels" if plan.task == "multilabel" else "label"] = [sample.labels for sample in samples]
+    labels = label_rows([sample.labels for sample in samples], plan.label_kind, plan.label_names)
+    table["labels" if plan.task == "multilabel" else "label"] = labels
     return table
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from scaletransfer import keys
-from scaletransfer.index import FORMAT_VERSION, TASKS, split_order
+from scaletransfer.image_files import read_image
+from scaletransfer.index import FORMAT_VERSION, split_order
 from scaletransfer.records import RecordLike, SourceLike, image_sizes, sample_keys_of
 from scaletransfer.sample_table import patient_numbers
 from scaletransfer.shard_image import KEPT_EXTENSIONS, Encoding, UnusableImage, prepare
@@ -37,7 +38,9 @@ class Sample:
     """16 hex digits, or ""."""
     patient_number: int
     view: str
-    labels: tuple[int, ...] | int
+    labels: tuple[int, ...] | tuple[str, ...] | int
+    span: tuple[int, int] | None = None
+    """Where the image is in the file that `image` begins with (`image_files.read_image`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class Plan:
 
     source: str
     task: str
+    label_kind: str
     label_names: tuple[str, ...]
     licence: str
     salt_fingerprint: str
@@ -57,6 +61,8 @@ class Plan:
     shard_size: Mapping[str, int]
     samples: Mapping[str, Sequence[Sample]]
     """split -> samples in the order of the shards."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the table that gave no sample, by reason."""
     digest: str = field(default="")
 
     @property
@@ -84,10 +90,28 @@ class FirstRecords:
         self._source, self._limit = source, limit
         self.name, self.task, self.licence = source.name, source.task, source.licence
         self.root, self.label_names = Path(source.root), tuple(source.label_names)
+        self.label_kind, self.locate = source.label_kind, source.locate
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Of the whole source."""
+        return self._source.left_out
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Of the whole source."""
+        return self._source.notes
+
+    def listed(self) -> Iterator[Any]:
+        """The same records in the order of the official table."""
+        return self._first(self._source.listed())
 
     def __iter__(self) -> Iterator[Any]:
+        return self._first(self._source)
+
+    def _first(self, records: Iterable[Any]) -> Iterator[Any]:
         counts: Counter[str] = Counter()
-        for record in self._source:
+        for record in records:
             counts[record.split] += 1
             if counts[record.split] <= self._limit:
                 yield record
@@ -117,7 +141,7 @@ def plan_shards(
     for name, value in (("--seed", seed), ("--shard-size", shard_size)):
         if value < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
-    records = list(source)
+    records = source.locate(list(source))
     if not records:
         raise ValueError(f"{source.root} has no records of {source.name} with these options; check --root")
     identities = sample_keys_of(source.name, records, salt)
@@ -136,6 +160,7 @@ def plan_shards(
             patient_number=numbers[code],
             view=record.view,
             labels=record.labels,
+            span=record.span,
         )
         by_split.setdefault(record.split, []).append(sample)
         bytes_of.setdefault(record.split, []).append(size)
@@ -151,6 +176,7 @@ def plan_shards(
     plan = Plan(
         source=source.name,
         task=source.task,
+        label_kind=source.label_kind,
         label_names=tuple(source.label_names),
         licence=source.licence,
         salt_fingerprint=keys.fingerprint(salt),
@@ -160,6 +186,7 @@ def plan_shards(
         views=tuple(sorted({record.view for record in records} - {""})),
         options=recorded,
         shard_size=chosen,
+        left_out=dict(source.left_out),
         samples={split: [by_split[split][i] for i in shuffled(len(by_split[split]), seed, split)] for split in splits},
     )
     object.__setattr__(plan, "digest", _digest(plan))
@@ -217,7 +244,8 @@ def _shard_size(root: Path, samples: Sequence[Sample], sizes: Sequence[int], ext
         trial = []
         for i in sorted({round(i) for i in np.linspace(0, len(present) - 1, 8)}):
             try:
-                trial.append(len(prepare((root / samples[present[i]].image).read_bytes(), extension, encoding).data))
+                sample = samples[present[i]]
+                trial.append(len(prepare(read_image(root, sample.image, sample.span), extension, encoding).data))
             except UnusableImage:
                 continue  # it will be quarantined, with its reason, when its shard is written
         mean = sum(trial) / len(trial) if trial else mean
@@ -232,7 +260,7 @@ def _digest(plan: Plan) -> str:
     head = {
         "format_version": FORMAT_VERSION,
         "source": plan.source,
-        "label_kind": TASKS[plan.task],
+        "label_kind": plan.label_kind,
         "label_names": plan.label_names,
         "licence": plan.licence,
         "salt": plan.salt_fingerprint,

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from scaletransfer.files import json_bytes, sync_folder, write_atomically
+from scaletransfer.image_files import read_image
+from scaletransfer.sample_table import TOKEN_SEPARATOR
 from scaletransfer.shard_image import Encoding, UnusableImage, prepare
 from scaletransfer.shard_plan import Plan, Sample
 
@@ -36,6 +38,7 @@ class ShardTask:
     root: Path
     extension: str
     encoding: Encoding
+    label_kind: str
     samples: Sequence[Sample]
 
     @property
@@ -55,21 +58,27 @@ def shard_tasks(plan: Plan, folder: Path) -> list[ShardTask]:
             root=plan.root,
             extension=plan.extension,
             encoding=plan.encoding,
+            label_kind=plan.label_kind,
             samples=plan.samples[split][start:end],
         )
         for split, file, start, end in plan.shards()
     ]
 
 
-def label_member(sample: Sample) -> tuple[str, bytes]:
+def label_member(sample: Sample, kind: str) -> tuple[str, bytes]:
     """(extension, content) of the member that follows the image.
 
     Multi-class: `cls`, the class index in ASCII.  Multi-label: `json`, always the same keys, never null:
-    other readers infer types from the first samples and break on a null or a mixed type.
+    other readers infer types from the first samples and break on a null or a mixed type. `kind`: "states", "tokens"
+    (the list as one string, in the order of the data set's table) or "classes".
     """
     if isinstance(sample.labels, int):
         return "cls", str(sample.labels).encode("ascii")
-    content = {"labels": list(sample.labels), "patient": sample.patient, "view": sample.view}
+    content: dict[str, Any] = {"patient": sample.patient, "view": sample.view}
+    if kind == "tokens":
+        content["tokens"] = TOKEN_SEPARATOR.join(str(token) for token in sample.labels)
+    else:
+        content["labels"] = list(sample.labels)
     return "json", json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
@@ -102,7 +111,7 @@ def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None
                 try:
                     if sample.missing:
                         raise UnusableImage("the file is missing")
-                    data = (task.root / sample.image).read_bytes()
+                    data = read_image(task.root, sample.image, sample.span)
                     image = prepare(data, task.extension, task.encoding)
                 except UnusableImage as reason:
                     quarantine.append([sample.key, str(reason)])
@@ -112,7 +121,7 @@ def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None
                     tar.addfile(member(f"{sample.key}.{task.extension}", len(image.data)), io.BytesIO(image.data))
                     padded = -(-len(image.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     rows.append([row, tar.offset - padded, len(image.data)])
-                    extension, label = label_member(sample)
+                    extension, label = label_member(sample, task.label_kind)
                     tar.addfile(member(f"{sample.key}.{extension}", len(label)), io.BytesIO(label))
                     kind = f"{image.channels}x{image.bit_depth}"
                     seen[kind] = seen.get(kind, 0) + 1

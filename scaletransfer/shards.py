@@ -19,7 +19,7 @@ import numpy as np
 from scaletransfer.cli import CommandParser
 from scaletransfer.files import json_bytes
 from scaletransfer.index import ShardIndex, load_index
-from scaletransfer.sample_table import count_patients, label_totals
+from scaletransfer.sample_table import TOKEN_SEPARATOR, count_patients, label_totals
 from scaletransfer.shard_build import INFO_NAME, BuildReport, build, timm_description, wids_description
 from scaletransfer.shard_image import Encoding
 from scaletransfer.shard_plan import Plan, plan_shards
@@ -175,9 +175,12 @@ def _same_label(index: ShardIndex, row: Any, content: bytes, patients: dict[str,
     try:
         found = json.loads(content)
         code = found["patient"]
+        if index.label_kind == "tokens":
+            listed = found.pop("tokens").split(TOKEN_SEPARATOR)
+            found["labels"] = [int(name in listed) for name in index.label_names]
         expected = {"labels": row["labels"].tolist(), "patient": code, "view": view}
         # one code a number and one number a code, over all splits
         number = patients.setdefault(code, int(row["patient"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(found == expected and number == int(row["patient"]))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -29,11 +30,15 @@ class Record:
     patient: str
     """The data set's patient id, or "" where there is none."""
     image: str
-    """The image's path relative to the source's root, with forward slashes."""
-    labels: tuple[int, ...] | int
-    """Raw states in the order of `Source.label_names` (multilabel), or the class index (multiclass)."""
+    """The image's path relative to the source's root, with forward slashes; in an archive, the archive's path, two
+    slashes, and the name inside ("0.zip//1.png", "train.tar//n01440764.tar//n01440764_10026.JPEG")."""
+    labels: tuple[int, ...] | tuple[str, ...] | int
+    """By `Source.label_kind`: raw states in the order of `label_names`, the row's tokens in the order of the table,
+    or the class index."""
     view: str
     """One of VIEWS, or what the table says there; "" where the source has none."""
+    span: tuple[int, int] | None = None
+    """(offset, bytes) of the image in the file that `image` begins with, where it is part of a plain tar."""
 
 
 class Source(ABC):
@@ -42,7 +47,7 @@ class Source(ABC):
     `open_source`)."""
 
     name: ClassVar[str]
-    task: ClassVar[Literal["multilabel", "multiclass"]]
+    task: Literal["multilabel", "multiclass"]
     licence: ClassVar[str]
     """Of the data, one line; it travels in the index."""
     public: ClassVar[bool]
@@ -51,18 +56,49 @@ class Source(ABC):
 
     root: Path
     label_names: tuple[str, ...]
+    """Of states and tokens: all that a record may have; of classes: their names by index."""
+    tokens: bool = False
+    """Whether a multi-label source lists what an image shows by name; what is not listed is absent."""
     skipped: list[str]
     """Files that were passed over in the last complete pass, each with its reason."""
+    left_out: Counter[str]
+    """Rows of the table that gave no record in the last complete pass, by reason; not those of other views."""
+    notes: list[str]
+    """Sentences that whoever uses these records should read, of the last complete pass."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser()
-        self.skipped = []
+        self.skipped, self.left_out, self.notes = [], Counter(), []
         if not self.root.is_dir():
             raise ValueError(f"The root of {self.name}, {self.root}, is not a folder; give the data set's by --root.")
 
     @abstractmethod
     def __iter__(self) -> Iterator[Record]:
         """Records; ValueError, naming file and line, for what the table must not say."""
+
+    @property
+    def label_kind(self) -> Literal["states", "tokens", "classes"]:
+        """What `Record.labels` holds."""
+        if self.task == "multiclass":
+            return "classes"
+        return "tokens" if self.tokens else "states"
+
+    def listed(self) -> Iterator[Record]:
+        """The records in the order of the official table, where a protocol trains in another one."""
+        return iter(self)
+
+    def locate(self, records: Sequence[Record]) -> list[Record]:
+        """The records with `image` and `span` where the image really lies; as they are where none was found.
+
+        Called where images are needed, never for a listing alone.  Here: the same name with the suffix .dcm.
+        """
+        return [self._or_dicom(record) for record in records]
+
+    def _or_dicom(self, record: Record) -> Record:
+        if "//" in record.image or os.path.exists(self.root / record.image):
+            return record
+        dicom = os.path.splitext(record.image)[0] + ".dcm"
+        return replace(record, image=dicom) if os.path.exists(self.root / dicom) else record
 
 
 def parse_views(views: str | Iterable[str] | None) -> frozenset[str] | None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import ClassVar, Literal, TextIO
+from typing import TextIO
 
 from scaletransfer.labels import CHEXPERT_COLUMNS, CHEXPERT_RAW, NOT_MENTIONED, SHOWN_NAMES
 from scaletransfer.sources.base import DEFAULT_VIEWS, Record, Source, nearest, parse_views
@@ -40,7 +40,7 @@ class CheXpert(Source):
     """
 
     name = "chexpert"
-    task: ClassVar[Literal["multilabel", "multiclass"]] = "multilabel"
+    task = "multilabel"
     licence = "Stanford University Dataset Research Use Agreement (no commercial use, no redistribution)"
     public = False
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
 
 from scaletransfer.files import inside
 from scaletransfer.sources.base import SPLITS, Record, Source
@@ -32,7 +31,7 @@ class ImageFolder(Source):
     """
 
     name = "image_folder"
-    task: ClassVar[Literal["multilabel", "multiclass"]] = "multiclass"
+    task = "multiclass"
     licence = "unknown (the user's own images)"
     # The images are the user's own and may show people: file names are hashed with the user's salt.
     public = False

@@ -1,0 +1,1 @@
+"""Tiny data sets in the official layouts of their publishers."""
