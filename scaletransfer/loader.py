@@ -32,6 +32,7 @@ from scaletransfer.transforms import seeded
 Batch = dict[str, Tensor]
 _OPEN_FILES = 64
 _TAR_BLOCK = 512
+_LOOKED_UP = 64  # targets at once in the search for a known one: the first few nearly always have one
 _CUT_SHARD = "it is truncated, make the shards again"
 
 
@@ -157,6 +158,17 @@ class ShardDataset(Dataset[Batch]):
             return self.order.locate(positions)
         source = np.searchsorted(self._starts, positions, side="right") - 1
         return source, positions - self._starts[source]
+
+    def nothing_known(self, positions: np.ndarray) -> bool:
+        """Whether every target at these positions is unknown, which the sample tables alone say."""
+        source, row = self.locate(positions)
+        for first in range(0, len(positions), _LOOKED_UP):
+            part = slice(first, first + _LOOKED_UP)
+            for number in np.unique(source[part]):
+                values = self.sources[number].targets(row[part][source[part] == number])
+                if values.dtype.kind != "f" or not np.isnan(values).all():
+                    return False
+        return True
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from helpers_data import SALT, make_chexpert
 
-from scaletransfer import labels
+from scaletransfer import labels, sources
 from scaletransfer.index import ShardIndex
 from scaletransfer.loader import (
     Batch,
@@ -25,16 +24,17 @@ SIZE = 32
 POLICY = labels.LabelPolicy()
 
 
-@dataclass
-class Findings:
+class Findings(sources.Source):
     """A multi-label source with a vocabulary of its own: two findings that CheXpert has, one that it has not."""
 
-    root: Path
-    count: int = 12
-    name: str = "other"
-    task: str = "multilabel"
-    licence: str = "none"
-    label_names: tuple[str, ...] = ("Edema", "Effusion", "Hernia")
+    name, task, licence, public = "other", "multilabel", "none", True
+    label_names = ("Edema", "Effusion", "Hernia")
+
+    def __init__(self, root: Path, count: int = 12, **attributes: object) -> None:
+        super().__init__(root)
+        self.count = count
+        for key, value in attributes.items():
+            setattr(self, key, value)
 
     def __iter__(self) -> Iterator[Record]:
         for number in range(self.count):

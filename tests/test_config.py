@@ -116,17 +116,17 @@ def test_bases_merge_in_order_then_the_file_then_overlays_then_overrides(write):
 def test_sections_merge_but_a_mapping_value_is_replaced_whole(write):
     write("model: {name: BiT-tiny}\ndata: {train: {a: 1, b: 2}, workers: 7}\n", "one.yaml")
     path = write("base: one.yaml\ndata: {train: {c: 3}}\n")
-    assert load_config(path).data.sources == (("c", 3.0),)
+    assert load_config(path).data.folders == (("c", 3.0),)
     assert load_config(path).data.workers == 7
 
 
 def test_folders_can_be_one_a_list_or_a_mapping(write):
     path = write(MINIMAL)
-    assert load_config(path).data.sources == (("shards/x", None),)
+    assert load_config(path).data.folders == (("shards/x", None),)
     assert load_config(path).data.valid_folders == ("shards/x",)
     cfg = load_config(path, ["data.train=[a, b]", "data.valid=c"])
-    assert cfg.data.sources == (("a", None), ("b", None)) and cfg.data.valid_folders == ("c",)
-    assert load_config(path, ["data.train={a: null, b: null}"]).data.sources == (("a", None), ("b", None))
+    assert cfg.data.folders == (("a", None), ("b", None)) and cfg.data.valid_folders == ("c",)
+    assert load_config(path, ["data.train={a: null, b: null}"]).data.folders == (("a", None), ("b", None))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_value_out_of_bounds_in_a_file_names_its_line(write):
 
 
 def test_a_missing_required_key_says_how_to_set_it(write):
-    assert refusal(write("model: {name: BiT-tiny}\n")).startswith("the key data.train is required (")
+    assert refusal(write("model: {name: BiT-tiny}\n")).startswith("data.train must be given: one shard folder")
     assert "the key model.name is required" in refusal([])
 
 

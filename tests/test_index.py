@@ -15,7 +15,7 @@ from helpers_data import SALT, make_chexpert, make_image_folder
 from scaletransfer import keys
 from scaletransfer.index import INDEX_NAME, ShardIndex, from_records, load_index
 from scaletransfer.shards import build, plan_shards
-from scaletransfer.sources import open_source
+from scaletransfer.sources import Record, Source, open_source
 
 
 @pytest.fixture(scope="module")
@@ -280,13 +280,11 @@ def test_from_records_names_missing_images(tmp_path):
 
 
 def test_from_records_refuses_names_that_leave_the_root(tmp_path):
-    class Escaping:
-        name, task, licence, root, label_names = "x", "multiclass", "", tmp_path, ("a",)
+    class Escaping(Source):
+        name, task, licence, public, label_names = "x", "multiclass", "", True, ("a",)
 
         def __iter__(self):
-            from scaletransfer.sources import Record
-
             yield Record(source_id="1", split="train", patient="", image="../secret.png", labels=0, view="")
 
     with pytest.raises(ValueError, match=r"'\.\./secret\.png' leaves the folder"):
-        from_records(Escaping(), SALT)
+        from_records(Escaping(tmp_path), SALT)

@@ -70,9 +70,14 @@ class LabelPolicyConfig:
 class DataConfig:
     """What is trained on, and what is done to an image. Folders are relative to the working directory."""
 
-    train: str | list[str] | dict[str, float | None]
+    train: str | list[str] | dict[str, float | None] | None = None
     """Shard folders (made by make_shards): one, a list, or a mapping of folder to weight. Without weights an
     epoch is every sample once; with weights it is as many draws, a folder in proportion to its weight."""
+    sources: list[str] | dict[str, float | None] | None = None
+    """Instead of data.train: names of folders below shards_dir, as a list or with weights, for example
+    {chexpert: 0.4, mimic: 0.6}."""
+    shards_dir: str = "shards"
+    """Where make_shards put the folders that data.sources names."""
     valid: str | list[str] | None = None
     """Shard folders for validation; null: the training folders."""
     train_split: str = "train"
@@ -88,6 +93,9 @@ class DataConfig:
     none."""
     expect_labels: list[str] | None = None
     """Label names in order; a run whose data has others stops. null: whatever the data has."""
+    nb_classes: int | None = None
+    """Number of labels or classes that the data must have; a run whose shards have another stops. null: not
+    checked."""
     image_size: int = 224
     """Height and width that the network gets, in pixels."""
     transform: Literal["xray", "natural"] = "xray"
@@ -108,18 +116,27 @@ class DataConfig:
     """Batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
-        check(len(self.train) > 0, "data.train", self.train, "at least one shard folder")
+        both = self.train is not None and self.sources is not None
+        check(not both, "data.sources", self.sources, "null where data.train is given")
+        check(
+            self.train is not None or self.sources is not None,
+            "data.train",
+            self.train,
+            "given: one shard folder or several (or data.sources, their names)",
+        )
+        given = "data.train" if self.sources is None else "data.sources"
+        check(len(self.train or self.sources or ()) > 0, given, self.train or self.sources, "at least one shard folder")
         check(
             self.valid is None or len(self.valid) > 0,
             "data.valid",
             self.valid,
             "at least one folder, or null",
         )
-        weights = [weight for _, weight in self.sources]
+        weights = [weight for _, weight in self.folders]
         check(
             all(w is None for w in weights) or all(w is not None and 0 < w < float("inf") for w in weights),
-            "data.train",
-            self.train,
+            given,
+            self.train or self.sources,
             "a mapping in which every folder has a positive weight, or none has one (null)",
         )
         for key in ("train_split", "valid_split"):
@@ -131,6 +148,8 @@ class DataConfig:
             self.expect_labels,
             "a list of label names, each once, or null",
         )
+        count = self.nb_classes
+        check(count is None or count >= 1, "data.nb_classes", count, "1 or more, or null")
         check(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")
         ops = self.rand_augment
         check(
@@ -153,18 +172,22 @@ class DataConfig:
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
 
     @property
-    def sources(self) -> tuple[tuple[str, float | None], ...]:
+    def folders(self) -> tuple[tuple[str, float | None], ...]:
         """The training folders with their weights, in the order written; the weight is None where none is
         given."""
-        if isinstance(self.train, dict):
-            return tuple(self.train.items())
-        return tuple((folder, None) for folder in ([self.train] if isinstance(self.train, str) else self.train))
+        chosen = [self.train] if isinstance(self.train, str) else self.train
+        if chosen is None:
+            names = self.sources if isinstance(self.sources, dict) else dict.fromkeys(self.sources or ())
+            return tuple((f"{self.shards_dir}/{name}", weight) for name, weight in names.items())
+        if isinstance(chosen, dict):
+            return tuple(chosen.items())
+        return tuple((folder, None) for folder in chosen)
 
     @property
     def valid_folders(self) -> tuple[str, ...]:
         """The validation folders: `valid`, or those of training."""
         if self.valid is None:
-            return tuple(folder for folder, _ in self.sources)
+            return tuple(folder for folder, _ in self.folders)
         return (self.valid,) if isinstance(self.valid, str) else tuple(self.valid)
 
 

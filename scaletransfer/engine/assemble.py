@@ -53,7 +53,7 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
     def sources(folders: list[str], split: str) -> list[tuple[ShardIndex, str]]:
         return [(opened.setdefault(folder, load_index(Path(folder))), split) for folder in folders]
 
-    train = sources([folder for folder, _ in data.sources], data.train_split)
+    train = sources([folder for folder, _ in data.folders], data.train_split)
     validate = cfg.validate.every_steps is not None or cfg.validate.every_epochs is not None
     valid = sources(list(data.valid_folders), data.valid_split) if validate else []
     for index, split in [*train, *valid]:
@@ -61,6 +61,11 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
             hint = " (set validate.every_epochs=null to train without validation)" if (index, split) in valid else ""
             raise ValueError(f"{index.folder} has no split {split!r}, only {', '.join(index.splits)}{hint}")
     names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
+    if data.nb_classes is not None and data.nb_classes != len(names):
+        raise ValueError(
+            f"data.nb_classes is {data.nb_classes} but the shards have {len(names)} classes: correct the number, or the "
+            "folders of data.train"
+        )
     check_validates([index for index, _ in valid], train[0][0], rules, names)
     depths = {index.image.bit_depth for index, _ in [*train, *valid]}
     if len(depths) > 1:
@@ -73,7 +78,7 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
         order = None
         if training:
             sizes = tuple(len(i.table(s)) for i, s in pairs)
-            weights = tuple(weight for _, weight in data.sources)
+            weights = tuple(weight for _, weight in data.folders)
             order = Order(sizes=sizes, weights=weights, seed=cfg.seed, global_batch=cfg.global_batch)
         operations, magnitude = data.rand_augment or (2, 9)
         options = TransformOptions(
@@ -222,7 +227,7 @@ def run_facts(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) 
         "global_batch": cfg.global_batch,
         "order_version": ORDER_VERSION,
         "data": [{"source": s.index.source, "split": s.split, "index_sha256": s.index.digest} for s in train.sources],
-        "weights": [weight for _, weight in data.sources],
+        "weights": [weight for _, weight in data.folders],
         "samples_per_epoch": train.order.samples_per_epoch,
         "optimizer": cfg.optimizer.name,
     }

@@ -77,6 +77,12 @@ def train_step(
     return _result(engine, total, norm)
 
 
+def no_step(engine: Engine) -> StepResult:
+    """What a global batch without any known label does: nothing; not even weight decay and momentum move weights."""
+    nothing = torch.zeros((), device=engine.device)
+    return StepResult(nothing, nothing.clone(), torch.full((), float("nan"), device=engine.device))
+
+
 def _backward(engine: Engine, loss: Tensor) -> None:
     if engine.strategy.deepspeed:
         engine.model.backward(loss)  # type: ignore[operator]

@@ -19,7 +19,7 @@ from scaletransfer.engine import checkpoint, verify
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.evaluate import gather_rows, predict, report, score
 from scaletransfer.engine.runlog import RunLog
-from scaletransfer.engine.step import StepResult, train_step
+from scaletransfer.engine.step import StepResult, no_step, train_step
 from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler, batches, dead_workers_named, make_loader
 from scaletransfer.losses import Loss
 
@@ -123,9 +123,13 @@ class Trainer:
             self.log.close()
 
     def _loop(self) -> None:
+        verified = False
         for step, group in enumerate(self._steps(), self.start + 1):
-            first = self._first_step() if step == self.start + 1 else None
-            self._step(step, group, first)
+            self._say_shares(step)
+            known = self._anything_known(step)
+            first = self._first_step() if known and not verified else None
+            verified = verified or known
+            self._step(step, group, first, known)
             if self._due(step, self.cfg.log.every_steps) or first is not None:
                 self._flush()
             if first is not None:
@@ -151,10 +155,35 @@ class Trainer:
             self._waited += time.monotonic() - began
             yield group
 
+    def _say_shares(self, step: int) -> None:
+        """What share of an epoch's samples each source has: logged where an epoch begins, said where a run does."""
+        order = self.train.order
+        assert order is not None
+        epoch, into = divmod(step - 1, order.steps_per_epoch)
+        begins = step == self.start + 1
+        if self.engine.rank != 0 or len(order.sizes) == 1 or (into and not begins):
+            return
+        first = epoch * order.samples_per_epoch
+        number, _ = order.locate(np.arange(first, first + order.samples_per_epoch))
+        shares = (np.bincount(number, minlength=len(order.sizes)) / len(number)).tolist()
+        folders = [str(source.index.folder) for source in self.train.sources]
+        if not into:
+            self.log.row({"event": "epoch", "step": step, "epoch": epoch, "shares": shares, "folders": folders})
+            self.log.scalars(step, {f"data/share_{place}": share for place, share in enumerate(shares)})
+        if begins:
+            text = ", ".join(f"{folder} {share:.2%}" for folder, share in zip(folders, shares, strict=True))
+            self.log.say(f"samples of epoch {epoch}: {text}")
+
     def _first_step(self) -> verify.FirstStep:
         return verify.FirstStep(self.engine, momentum=self.cfg.optimizer.momentum > 0)
 
-    def _step(self, step: int, group: list[Batch], first: verify.FirstStep | None) -> None:
+    def _anything_known(self, step: int) -> bool:
+        """Whether the global batch of a step has a known label; the same on every rank, without asking the others."""
+        batch = self.cfg.global_batch
+        positions = np.arange((step - 1) * batch, step * batch, dtype=np.int64)
+        return self.loss.task != "multilabel" or not self.train.nothing_known(positions)
+
+    def _step(self, step: int, group: list[Batch], first: verify.FirstStep | None, known: bool) -> None:
         seen = (step - 1) * self.cfg.global_batch
         rate = self.lr(seen)
         after_backward = first.after_backward if first is not None else None
@@ -166,7 +195,10 @@ class Trainer:
             def normalize(images: Tensor) -> Tensor:
                 return mixing.images(update, self.normalize(images))
 
-        result = train_step(self.engine, self.loss, normalize, batches_, rate, after_backward)
+        if known:
+            result = train_step(self.engine, self.loss, normalize, batches_, rate, after_backward)
+        else:
+            result = no_step(self.engine)
         if first is not None:
             first.after_step()
         self._bytes += sum(int(batch["bytes"]) for batch in group)

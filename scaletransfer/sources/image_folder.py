@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from scaletransfer.files import inside
 from scaletransfer.sources.base import SPLITS, Record, Source
+from scaletransfer.sources.splits import check_share, uniform
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 VALID_NAMES = ("val", "valid", "validation")
@@ -45,9 +45,7 @@ class ImageFolder(Source):
         folders: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(root)
-        if isinstance(valid_share, bool) or not isinstance(valid_share, (int, float)) or not 0 <= valid_share < 1:
-            raise ValueError(f"valid_share must be a number from 0 to below 1, not {valid_share!r}.")
-        self.valid_share, self.seed = float(valid_share), seed
+        self.valid_share, self.seed = check_share(valid_share), seed
         self._ignored: list[str] = []
         self._splits = self._find_splits() if folders is None else self._named_splits(folders)
         if self.valid_share and "valid" in self._splits:
@@ -145,7 +143,7 @@ class ImageFolder(Source):
     def _held_out(self, images: list[str]) -> set[str]:
         if not self.valid_share:
             return set()
-        draws = {image: _uniform(self.seed, image) for image in images}
+        draws = {image: uniform(self.seed, image) for image in images}
         chosen = {image for image in images if draws[image] < self.valid_share}
         return chosen - {max(images, key=lambda image: draws[image])} if len(chosen) == len(images) else chosen
 
@@ -155,9 +153,3 @@ class ImageFolder(Source):
 
 def _litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
-
-
-def _uniform(seed: int, text: str) -> float:
-    """A number in [0, 1) that depends on seed and text alone."""
-    digest = hashlib.sha256(f"{seed}/{text}".encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
