@@ -48,7 +48,6 @@ class CheXpert(Source):
                 f"{folder / 'train.csv'} is missing; --root must be the official CheXpert folder "
                 f"({' or '.join(FOLDERS)}) or the folder that holds it."
             )
-        # Paths, views and labels; every column of labels is asked for, used or not.
         columns = ("Path", *VIEW_COLUMNS, *(OWN_NAMES[name] for name in self.label_names))
         self.tables = {split: Table(path, columns) for split, path in (("train", train), ("valid", valid)) if path}
 
