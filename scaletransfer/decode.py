@@ -20,6 +20,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from scaletransfer.dicom import is_dicom, read_dicom, read_header
+from scaletransfer.pixel_range import WHITE16, declared_white
 from scaletransfer.shard_image import READ_FORMATS
 
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -35,21 +37,29 @@ _UPRIGHT = {
 }
 
 
-def decode(data: bytes, channels: int, depth: int = 8) -> Tensor:
+def decode(data: bytes, channels: int, depth: int = 8, deep_white: int = WHITE16, white: int = WHITE16) -> Tensor:
     """The upright picture in the image file `data`: uint8 (depth 8) or uint16 (depth 16) [channels, H, W].
 
     JPEG, PNG, WebP, BMP, TIFF, GIF and PPM/PGM of 1 to 16 bits a channel; of an animation, the first frame.
+    DICOM of one grey picture (`dicom.read_dicom`).
     EXIF orientation is applied.  Transparency is dropped without a background, as Pillow's `convert("RGB")` does:
     pixels behind it show the colour that the file has for them.  Embedded colour profiles are not applied.
 
     channels: 1 gives grey (ITU-R 601-2 luma; of a JPEG its own luma plane), 3 gives RGB, grey repeated.
-    depth: 8-bit values become value * 257, 16-bit values round(value / 257).  Of 16-bit colour
-    (PNG, TIFF) and of 16-bit grey with transparency Pillow keeps the upper 8 bits.
+    depth, deep_white, white: a value becomes round(value * new / old), half up.  `old` is what stands for white in
+    the file: 255 of 8 bits, of 16 bits what it declares itself (`pixel_range.declared_white`; 65535 of DICOM), else
+    `deep_white`.  `new` is 255, or with depth 16 `white`.  So by default 8-bit values become value * 257, 16-bit
+    values round(value / 257).  Of 16-bit colour (PNG, TIFF) and of 16-bit grey with transparency Pillow keeps the
+    upper 8 bits.
 
     Raises ValueError with a reason that names no file: empty, broken, truncated, of an unknown kind, of pixels that
-    are no 8- or 16-bit values, or claiming more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels (179 million).
+    are no 8- or 16-bit values or larger than `deep_white`, claiming more than twice `PIL.Image.MAX_IMAGE_PIXELS`
+    pixels (179 million), or DICOM where pydicom is missing.
     """
     assert channels in (1, 3) and depth in (8, 16)
+    if is_dicom(data):
+        shown = torch.from_numpy(read_dicom(data))[None]
+        return _fit(shown, channels, depth, WHITE16, white)
     # Opening a file in Pillow costs as much as decoding a thumbnail: ordinary JPEGs go without.
     picture = None if _is_plain_jpeg(data) else _open(data)
     pixels = None
@@ -62,7 +72,9 @@ def decode(data: bytes, channels: int, depth: int = 8) -> Tensor:
             pixels = None
     if pixels is None:
         pixels = _by_pillow(picture or _open(data), channels)
-    return _fit(pixels, channels, depth)
+    if pixels.dtype == torch.uint16:
+        deep_white = declared_white(data, pixels.numpy()) or _checked(pixels, deep_white)
+    return _fit(pixels, channels, depth, deep_white, white)
 
 
 def image_size(data_or_head: bytes) -> tuple[int, int]:
@@ -71,6 +83,8 @@ def image_size(data_or_head: bytes) -> tuple[int, int]:
     The first 64 KiB are enough for nearly every file; TIFF may keep its header at the end, and WebP is always
     needed whole.  Raises ValueError with a reason that names no file where the header is not (all) there.
     """
+    if is_dicom(data_or_head):
+        return read_header(data_or_head)[:2]
     picture = _open(data_or_head)
     width, height = picture.size
     # Pillow gives a TIFF's size upright already, and would decode a whole PNG in search of an orientation after the
@@ -156,17 +170,31 @@ def _integers(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.uint16))[None]
 
 
-def _fit(pixels: Tensor, channels: int, depth: int) -> Tensor:
-    """Any uint8 or uint16 [1 or 3, H, W] -> the asked-for number of channels and bits."""
+def _checked(pixels: Tensor, deep_white: int) -> int:
+    """`deep_white`; ValueError where a value is larger, since the whole picture would be too bright."""
+    if deep_white < WHITE16 and (largest := int(pixels.numpy().max(initial=0))) > deep_white:
+        raise ValueError(
+            f"it has the value {largest}, but in the other images of its set {deep_white} is white; shards of the set "
+            "have the range of all its images"
+        )
+    return deep_white
+
+
+def _fit(pixels: Tensor, channels: int, depth: int, deep_white: int, white: int) -> Tensor:
+    """Any uint8 or uint16 [1 or 3, H, W] -> the asked-for number of channels and bits.
+
+    deep_white: of uint16 pixels; white: of the result with depth 16.
+    """
     if channels == 1 and len(pixels) == 3:
         # Pillow's conversion to "L" in its own fixed-point numbers, so that both ways give the same.
         wide = pixels.to(torch.int64)
         luma = (wide[:1] * 19595 + wide[1:2] * 38470 + wide[2:] * 7471 + 0x8000) >> 16
         pixels = luma.to(pixels.dtype)
-    if depth == 8 and pixels.dtype == torch.uint16:
-        pixels = ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
-    if depth == 16 and pixels.dtype == torch.uint8:
-        pixels = (pixels.to(torch.int32) * 257).to(torch.uint16)
+    old = 255 if pixels.dtype == torch.uint8 else deep_white
+    new, dtype = (255, torch.uint8) if depth == 8 else (white, torch.uint16)
+    if pixels.dtype != dtype or old != new:
+        wide = pixels.to(torch.int64)
+        pixels = ((wide * (2 * new) + old) // (2 * old)).to(dtype)
     return pixels.expand(3, -1, -1).contiguous() if channels == 3 and len(pixels) == 1 else pixels
 
 

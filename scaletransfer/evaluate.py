@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,8 @@ from scaletransfer.loader import EvalSampler, ShardDataset, batches, dead_worker
 from scaletransfer.losses import make_loss
 from scaletransfer.models import create_model
 from scaletransfer.models.weights import load_into, load_pretrained
-from scaletransfer.sources import open_source
 from scaletransfer.sources.image_folder import ImageFolder
-from scaletransfer.transfer.data import Target, make_target, shortened
+from scaletransfer.transfer.data import Target, default_split, make_target, named_values, open_official, shortened
 from scaletransfer.transfer.network import check_card
 from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions
 from scaletransfer.transforms import Normalizer, bit_transform, build_transform
@@ -46,7 +45,10 @@ def evaluate(
     shards: str | Path | None = None,
     source: str | None = None,
     root: str | Path | None = None,
-    split: str = "valid",
+    protocol: str = "corrected",
+    views: str | Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    split: str | None = None,
     out: str | Path | None = None,
     batch: int = 32,
     workers: int = 4,
@@ -56,6 +58,9 @@ def evaluate(
     """Metrics of a model on one split, as ``metrics.multilabel_report`` or ``multiclass_report``, with "loss" and
     "intervals"; ``out`` gets them as metrics.json and every prediction as predictions.csv.
 
+    protocol, views, options: of ``source``, as ``make_shards`` has them. split: None is valid, or test where there is
+    no valid.
+
     Raises:
         ValueError: a model without model.json, data whose labels are not the model's, unreadable images.
     """
@@ -63,9 +68,16 @@ def evaluate(
         raise ValueError(f"--out {out} is a file: give a folder")
     path, state, card = open_model(Path(model))
     policy = LabelPolicy(**card["policy"]) if card.get("policy") else LabelPolicy()
-    target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy)
-    check_labels(path, card, target, split)
+    given: dict[str, Any] = {"protocol": protocol, "views": views, "options": options}
+    target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy, given=given)
     strategy = asked(cuda=torch.cuda.is_available())
+    said = list(target.notes)
+    if split is None:
+        split, note = default_split(target.index, source)
+        said += [note] if note else []
+    check_labels(path, card, target, split)
+    if said and strategy.rank == 0:
+        print("\n".join(said))
     accelerator = make_accelerator(strategy)
     network = create_model(card["model"], card["num_classes"])
     load_into(network, state)
@@ -81,7 +93,7 @@ def evaluate(
         rows = [torch.arange(len(data)).numpy()]
         check_images(data.sources, rows, channels=channels, depth=depth, workers=workers)
     normal = card["normalisation"]
-    normalize = Normalizer(normal["mean"], normal["std"], 2**depth - 1).to(accelerator.device)
+    normalize = Normalizer(normal["mean"], normal["std"], data.pixel_max).to(accelerator.device)
     sampler = EvalSampler(len(data), strategy.rank, strategy.world, batch)
     with dead_workers_named():
         stream = batches(make_loader(data, sampler, workers, 2))
@@ -128,10 +140,14 @@ def open_labelled(
     source: str | None,
     root: str | Path | None,
     policy: LabelPolicy,
+    given: Mapping[str, Any],
 ) -> Target:
-    """The data that one of the arguments names; ValueError unless exactly one does."""
+    """The data that one of the arguments names; ValueError unless exactly one does. given: protocol, views and options
+    of a source."""
     if sum(value is not None for value in (images, shards, source)) != 1:
         raise ValueError("give the data by exactly one of --images DIR, --shards DIR, or --source NAME --root DIR")
+    if source is None and (given["protocol"] != "corrected" or given["views"] is not None or given["options"]):
+        raise ValueError("--protocol, --views and --option are for --source: leave them out with --images and --shards")
     if images is not None:
         folder = ImageFolder(images)
         return make_target(from_records(folder, keys.PUBLIC_SALT), Path(images).resolve().name, policy)
@@ -140,9 +156,7 @@ def open_labelled(
     if root is None:
         raise ValueError("--source needs --root, the folder of that data set")
     assert source is not None
-    opened = open_source(source, root)
-    salt = keys.PUBLIC_SALT if opened.public else keys.load_salt()
-    return make_target(from_records(opened, salt), source, policy)
+    return open_official(source, root, policy, **given)
 
 
 def check_labels(path: Path, card: dict[str, Any], target: Target, split: str) -> None:
@@ -180,7 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", type=Path, metavar="DIR", help="a folder made by make_shards")
     parser.add_argument("--source", metavar="NAME", help="a data set read from its own files in --root")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the folder of that data set")
-    parser.add_argument("--split", default="valid", help="train, valid (default) or test")
+    parser.add_argument("--protocol", default="corrected", choices=["corrected", "paper"], help="splits of --source")
+    parser.add_argument("--views", help="views of --source, such as PA,AP, or all (default: the source's)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="another option of --source"
+    )
+    parser.add_argument("--split", help="train, valid or test (default: valid, or test where there is no valid)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for predictions.csv and metrics.json")
     parser.add_argument("--batch", type=int, default=32, help="images at once (default 32)")
     parser.add_argument("--workers", type=int, default=4, help="processes that read and decode (default 4)")
@@ -196,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shards=options.shards,
         source=options.source,
         root=options.root,
+        protocol=options.protocol,
+        views=options.views,
+        options=named_values(options.option),
         split=options.split,
         out=options.out,
         batch=options.batch,

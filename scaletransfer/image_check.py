@@ -111,7 +111,7 @@ class _Problems(Dataset[str]):
         except (ValueError, OSError) as error:
             return str(error)
         try:
-            decode(data, self.channels, self.depth)
+            decode(data, self.channels, self.depth, source.index.image.deep_white)
         except ValueError as error:
             return f"{image_place(source.index, source.split, row)} ({error})"
         return ""

@@ -3,7 +3,7 @@
 Shards keep what a data set says; this module turns it into targets at load time, so that another policy never
 needs other shards. Facts and decisions are those of the CheXpert labeler (arXiv 1901.07031) and of the code
 released with arXiv 2106.00116: `paper` is what was published, `corrected` is what the labeler's definition
-says.
+says. PadChest's tokens have their own rules, in `padchest_labels`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from scaletransfer import padchest_labels
 
 POSITIVE, NEGATIVE, UNCERTAIN, NOT_MENTIONED = 1, 0, -1, -2
 
@@ -48,9 +50,33 @@ _OWN_NAMES = {shown: own for own, shown in SHOWN_NAMES.items()}
 CHEXPERT_RAW: tuple[str, ...] = tuple(SHOWN_NAMES.get(name, name) for name in sorted(CHEXPERT_COLUMNS))
 CHEXPERT_FINDINGS: tuple[str, ...] = tuple(name for name in CHEXPERT_RAW if name != NO_FINDING)
 
-# Multi-label sources whose raw labels are states, and their raw names in index order. A new source adds a
-# line.
-STATE_SOURCES: dict[str, tuple[str, ...]] = {"chexpert": CHEXPERT_RAW, "mimic": CHEXPERT_RAW}
+# The 14 findings of ChestX-ray14 (arXiv 1705.02315) in the words of its table, and "No Finding".
+NIH_RAW: tuple[str, ...] = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Effusion",
+    "Emphysema",
+    "Fibrosis",
+    "Hernia",
+    "Infiltration",
+    "Mass",
+    "No Finding",
+    "Nodule",
+    "Pleural_Thickening",
+    "Pneumonia",
+    "Pneumothorax",
+)
+NIH_FINDINGS: tuple[str, ...] = tuple(name for name in NIH_RAW if name != NO_FINDING)
+
+# Multi-label sources whose raw names are findings (and "No Finding"), and those names in index order. A new source
+# adds a line.
+STATE_SOURCES: dict[str, tuple[str, ...]] = {"chexpert": CHEXPERT_RAW, "mimic": CHEXPERT_RAW, "nih": NIH_RAW}
+
+# Its raw names are the tokens of its Labels column, each of which stands for some findings, or for none.
+PADCHEST = "padchest"
+PADCHEST_FINDINGS: tuple[str, ...] = padchest_labels.FINDINGS
 
 PolicyName = Literal["paper", "corrected"]
 POLICY_NAMES: tuple[PolicyName, ...] = ("paper", "corrected")
@@ -105,27 +131,34 @@ def vocabulary(source: str, policy: LabelPolicy | str, raw_names: Sequence[str] 
     """Names of the columns of `targets` for `source`, in order.
 
     `policy` is a LabelPolicy or its name; "raw" gives the raw names, with "No Finding". `raw_names` (the
-    index's label names) is needed only for a source that `STATE_SOURCES` doesn't know.
+    index's label names) is needed only for a source that this module doesn't know.
 
     Raises ValueError for an unknown source without `raw_names`, an unknown policy, or an exception in
     `policy.per_label` for a finding that doesn't exist.
     """
-    names = tuple(raw_names) if raw_names is not None else STATE_SOURCES.get(source)
-    if names is None:
+    if raw_names is not None:
+        names = tuple(raw_names)
+    elif source == PADCHEST:
+        names = tuple(padchest_labels.reviewed())
+    elif source in STATE_SOURCES:
+        names = STATE_SOURCES[source]
+    else:
+        known = (*STATE_SOURCES, PADCHEST)
         raise ValueError(
-            f"There is no finding vocabulary for the source {source!r}; known are {', '.join(STATE_SOURCES)}"
-            f"{_nearest(source, STATE_SOURCES)}."
+            f"There is no finding vocabulary for the source {source!r}; known are {', '.join(known)}"
+            f"{_nearest(source, known)}."
         )
     if policy == "raw":
         return names
     if isinstance(policy, str):
         policy = LabelPolicy(name=policy)  # type: ignore[arg-type]  # __post_init__ checks it
-    findings = tuple(name for name in names if name != NO_FINDING)
-    known = {name for table in STATE_SOURCES.values() for name in table if name != NO_FINDING} | set(findings)
+    findings = PADCHEST_FINDINGS if source == PADCHEST else tuple(name for name in names if name != NO_FINDING)
+    every = {name for table in STATE_SOURCES.values() for name in table if name != NO_FINDING}
+    every.update(PADCHEST_FINDINGS, findings)
     for label in policy.per_label:
-        if label not in known:
+        if label not in every:
             raise ValueError(
-                f"labels.per_label names {label!r}, which is no finding of any source{_nearest(label, known)}."
+                f"labels.per_label names {label!r}, which is no finding of any source{_nearest(label, every)}."
             )
     return findings
 
@@ -138,10 +171,12 @@ def targets(
 ) -> npt.NDArray[np.float32]:
     """Raw states to targets.
 
-    raw: integer [n, len(raw_names)] of POSITIVE, NEGATIVE, UNCERTAIN, NOT_MENTIONED.
+    raw: integer [n, len(raw_names)] of POSITIVE, NEGATIVE, UNCERTAIN, NOT_MENTIONED; of PadChest's tokens, POSITIVE
+    where the row lists the token, else NEGATIVE.
     Returns float32 [n, F] with F = len(vocabulary(source, policy)); NaN is unknown. "No Finding" = 1 comes
     first and overrides what the findings' own cells say, as in the published code; then the policy treats
-    what is left.
+    what is left. A finding of PadChest is 1 where a token of the row stands for it, by the rule that the policy
+    names (`padchest_labels`), else 0: there is nothing uncertain.
 
     Raises ValueError for another shape, a state outside the four, or names that don't belong to the source.
     """
@@ -155,6 +190,8 @@ def targets(
             f"Raw labels of {source} must be integers of shape [n, {len(raw_names)}], "
             f"not {raw.dtype} {list(raw.shape)}."
         )
+    if source == PADCHEST:
+        return _token_targets(raw, padchest_labels.token_matrix(raw_names, policy.name), source)
     columns = _columns(names, raw_names, source)
     healthy = raw_names.index(NO_FINDING) if NO_FINDING in raw_names else None
     # table[label, healthy, state + 2] is the target; states run from NOT_MENTIONED (-2) to POSITIVE (1).
@@ -168,17 +205,31 @@ def targets(
     out = np.empty((len(raw), len(names)), np.float32)
     for start in range(0, len(raw), _CHUNK):
         part = raw[start : start + _CHUNK]
-        low, high = int(part.min(initial=0)), int(part.max(initial=0))
-        if low < NOT_MENTIONED or high > POSITIVE:
-            raise ValueError(
-                f"Raw labels of {source} hold the state {low if low < NOT_MENTIONED else high}; "
-                f"allowed are 1, 0, -1 (uncertain) and -2 (not mentioned)."
-            )
+        _check_states(part, NOT_MENTIONED, f"Raw labels of {source}", "1, 0, -1 (uncertain) and -2 (not mentioned)")
         place = part[:, columns].astype(np.int16) + (base - NOT_MENTIONED).astype(np.int16)
         if healthy is not None:
             place += np.where(part[:, healthy] == POSITIVE, np.int16(4), np.int16(0))[:, None]
         np.take(flat, place, out=out[start : start + _CHUNK], mode="clip")
     return out
+
+
+def _token_targets(
+    raw: npt.NDArray[np.integer], matrix: npt.NDArray[np.float32], source: str
+) -> npt.NDArray[np.float32]:
+    """float32 [n, F]: 1 where a listed token stands for the finding. raw: [n, T] of 1 and 0; matrix: [T, F]."""
+    out = np.empty((len(raw), matrix.shape[1]), np.float32)
+    rows = _CHUNK // 8  # a row has some 200 tokens, not 14 states
+    for start in range(0, len(raw), rows):
+        part = raw[start : start + rows]
+        _check_states(part, NEGATIVE, f"Raw labels of {source}", "1 (listed) and 0")
+        np.greater(part.astype(np.float32) @ matrix, 0, out=out[start : start + rows], casting="unsafe")
+    return out
+
+
+def _check_states(part: npt.NDArray[np.integer], least: int, what: str, allowed: str) -> None:
+    low, high = int(part.min(initial=0)), int(part.max(initial=0))
+    if low < least or high > POSITIVE:
+        raise ValueError(f"{what} hold the state {low if low < least else high}; allowed are {allowed}.")
 
 
 def combine(vocabularies: Sequence[Sequence[str]], how: Literal["intersection", "union"] | str) -> tuple[str, ...]:

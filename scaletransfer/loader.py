@@ -130,6 +130,8 @@ class ShardDataset(Dataset[Batch]):
         channels: 1 (grey) or 3.
         seed: of the run.
         depth: 8 for uint8 images, 16 for uint16; None takes each source's own from its index.
+        pixel_max: the value that stands for white in 16-bit batches, to which images of every source are scaled;
+            None takes the largest of the sources. 8-bit batches have 255.
     """
 
     def __init__(
@@ -140,11 +142,14 @@ class ShardDataset(Dataset[Batch]):
         channels: int,
         seed: int,
         depth: int | None = None,
+        pixel_max: int | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
         self.transform = transform
         self.channels, self.depth = channels, depth
+        whites = [source.index.image.white(depth or source.index.image.bit_depth) for source in self.sources]
+        self.pixel_max = pixel_max or max(whites)
         self.seed = seed
         self.reader = ShardReader()
         self._starts = np.concatenate([[0], np.cumsum([len(s.index.table(s.split)) for s in self.sources])])
@@ -204,7 +209,8 @@ class ShardDataset(Dataset[Batch]):
         index = source.index
         data = read_image(self.reader, index, source.split, row)
         try:
-            decoded = decode(data, self.channels, self.depth or index.image.bit_depth)
+            depth = self.depth or index.image.bit_depth
+            decoded = decode(data, self.channels, depth, index.image.deep_white, self.pixel_max)
         except ValueError as error:
             where = image_place(index, source.split, row)
             mend = (

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     source_settings = _source_settings(options)
     source: Any = open_source(options.source, options.root, **source_settings)
     salt = keys.PUBLIC_SALT if source.public and not options.salt_file else keys.load_salt(options.salt_file)
-    recorded = _recorded(source, source_settings)
+    recorded = _recorded(options.source, source, source_settings)
     if options.limit is not None:
         source = FirstRecords(source, options.limit)
         recorded["limit"] = options.limit
@@ -36,7 +36,13 @@ def main(argv: Sequence[str]) -> int:
         return _list(source, salt, options)
     if options.labels is not None:
         raise ValueError("--labels chooses the label columns of --list; shards always keep the raw labels")
-    encoding = Encoding(size=options.size, encode=options.encode, quality=options.quality)
+    encoding = Encoding(
+        size=options.size,
+        encode=options.encode,
+        quality=options.quality,
+        bit_depth=0 if options.bit_depth == "keep" else int(options.bit_depth),
+        pixel_max=_pixel_max(options),
+    )
     plan = plan_shards(
         source,
         salt,
@@ -50,10 +56,30 @@ def main(argv: Sequence[str]) -> int:
     out = options.out or Path("shards") / source.name
     total = sum(len(samples) for samples in plan.samples.values())
     # disable=None: no bar where nobody looks (a log file); counts per shard if several processes work
-    with tqdm(total=total, unit="img", desc=f"{options.source} -> {out}", disable=None) as bar:
-        report = build(plan, out, workers=options.workers, overwrite=options.overwrite, progress=bar.update)
+    measures = encoding.bit_depth == 8 and not encoding.pixel_max
+    with (
+        tqdm(total=total, unit="img", desc="range of 16-bit images", disable=None if measures else True) as looked_at,
+        tqdm(total=total, unit="img", desc=f"{options.source} -> {out}", disable=None) as bar,
+    ):
+        report = build(
+            plan,
+            out,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            progress=bar.update,
+            measured=looked_at.update,
+        )
     _print_report(out, report)
     return 0
+
+
+def _pixel_max(options: argparse.Namespace) -> int:
+    """0 where it was not given."""
+    if options.pixel_max is None:
+        return 0
+    if options.pixel_max < 1:
+        raise ValueError(f"--pixel-max is {options.pixel_max}; give the value of white, from 1 to 65535")
+    return int(options.pixel_max)
 
 
 def _list(source: Any, salt: bytes, options: argparse.Namespace) -> int:
@@ -107,9 +133,14 @@ def _source_settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _recorded(source: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Source options that go into the index, views in one canonical form."""
-    recorded = {name: value for name, value in settings.items() if name != "views"}
+def _recorded(chosen: str, source: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Source options that go into the index, those left at their default as well; no paths, views in canonical form."""
+    recorded: dict[str, Any] = {}
+    for name in source_options(chosen):
+        value = getattr(source, name, settings.get(name))
+        # text that the source doesn't keep as its own may be a path
+        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and hasattr(source, name)):
+            recorded["split_seed" if name == "seed" else name] = value  # `seed` is that of the shuffle
     if hasattr(source, "views"):
         recorded["views"] = ["all"] if source.views is None else sorted(source.views)
     return recorded
@@ -136,6 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=0, metavar="PX", help="scale larger images down to this short side")
     add("--encode", default="", choices=("jpg", "png"), help="format for every image (default: as it is)")
     add("--quality", type=int, default=95, metavar="Q", help="of images re-encoded as JPEG (default: 95)")
+    add(
+        "--bit-depth",
+        default="keep",
+        choices=("keep", "8"),
+        help="keep leaves 16-bit images as they are (default); 8 scales them to 8 bits from the range that all "
+        "images of the data set use",
+    )
+    add("--pixel-max", type=int, metavar="N", help="with --bit-depth 8: the value that becomes 255, not measured")
     add(
         "--salt-file",
         type=Path,

@@ -11,12 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
 
 from scaletransfer import keys as sample_keys
+from scaletransfer.dicom import HEAD, DicomError, PydicomMissing, is_dicom, read_header
 from scaletransfer.image_files import INSIDE, image_size, read_image
+from scaletransfer.pixel_range import WHITE16, declared_white, full_range
 
 _PROBE_THREADS = 16
+_RANGE_PROBES = 64  # 16-bit images that are decoded for the range that they use
+_DICOM_HEAD = 64 * 1024  # bytes in which the header of nearly every DICOM file ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +38,22 @@ class ImageInfo:
     bit_depth: int
     """8 or 16 bits a channel."""
     pixel_max: int
-    """Largest pixel value observed; 2**bit_depth - 1 in an index made in memory."""
+    """Of shards, the largest pixel value found, or the white that an image's file declares (an sBIT chunk of PNG,
+    DICOM). In an index made in memory, 2^b - 1 with b the bits that some of the images use."""
+    deep_max: int = 0
+    """In an index made in memory of an 8-bit set with 16-bit images among it: `pixel_max` of those; else 0."""
+
+    @property
+    def deep_white(self) -> int:
+        """The value of its 16-bit images that stands for white, 2^b - 1: 4095 for 12 bits in a file of 16."""
+        largest = self.deep_max or (self.pixel_max if self.bit_depth == 16 else 0)
+        return full_range(largest) if largest else WHITE16
+
+    def white(self, depth: int) -> int:
+        """The value that stands for white in images decoded to `depth` bits, 8 or 16."""
+        if depth == 8:
+            return 255
+        return self.deep_white if self.bit_depth == 16 else WHITE16
 
 
 class RecordLike(Protocol):
@@ -70,6 +91,8 @@ class SourceLike(Protocol):
     @property
     def label_kind(self) -> str: ...
     @property
+    def public(self) -> bool: ...
+    @property
     def left_out(self) -> Mapping[str, int]: ...
     @property
     def notes(self) -> Sequence[str]: ...
@@ -106,23 +129,12 @@ def image_sizes(root: Path, records: Sequence[RecordLike]) -> list[int]:
 def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) -> ImageInfo:
     """Image settings from the headers of up to `probes` images, spread evenly over `records`.
 
-    One colour image makes the set a colour set; it is a 16-bit set if all are grey and one of them has 16 bits.
-    Raises ValueError, naming the first such file, if one is not an image.
+    One colour image makes the set a colour set; it is a 16-bit set if all are grey and one of them has 16 bits.  Up
+    to 64 of those with 16 bits are decoded for the range that they use; a larger value turns up as an error when its
+    image is decoded.  Raises ValueError, naming the first such file, if one is not an image, and where DICOM files
+    need pydicom.
     """
     from PIL import Image  # lazily: reading an index must not need Pillow
-
-    def mode(record: RecordLike) -> str:
-        """Pillow's name of the pixel format, "" where the file is not an image."""
-        try:
-            place: Any = root / record.image
-            if INSIDE in record.image:
-                place = io.BytesIO(read_image(root, record.image, record.span))
-            with Image.open(place) as picture:
-                return picture.mode
-        except MemoryError:
-            raise
-        except Exception:  # Pillow's readers of headers raise OSError, SyntaxError, struct.error, ...
-            return ""
 
     step = max(1.0, len(records) / probes)
     chosen = [records[int(number * step)] for number in range(min(len(records), probes))]
@@ -130,16 +142,70 @@ def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) 
     # Threads do not hasten Pillow, but hide how long a network file system takes to open a file.
     with warnings.catch_warnings(), ThreadPoolExecutor(_PROBE_THREADS) as pool:
         warnings.simplefilter("ignore")  # half of Pillow's limit of pixels gives a warning only
-        modes = list(pool.map(mode, chosen))
-    if "" in modes:
-        raise ValueError(f"{root / chosen[modes.index('')].image} is not an image that can be read; replace it")
+        modes = list(pool.map(lambda record: _mode(root, record), chosen))
+        if "" in modes:
+            raise ValueError(f"{root / chosen[modes.index('')].image} is not an image that can be read; replace it")
+        deep = [record for record, mode in zip(chosen, modes, strict=True) if mode.startswith("I")]
+        step = max(1.0, len(deep) / _RANGE_PROBES)
+        deep = [deep[int(number * step)] for number in range(min(len(deep), _RANGE_PROBES))]
+        largest = max(pool.map(lambda record: _white(root, record), deep), default=0)
     suffixes = {Path(record.image).suffix.lower().replace("jpeg", "jpg")[1:] for record in records}
     grey = all(mode in ("1", "L", "LA") or mode.startswith("I") for mode in modes)
-    depth = 16 if grey and any(mode.startswith("I") for mode in modes) else 8
+    white = full_range(largest) if largest else WHITE16
+    depth = 16 if grey and deep else 8
     return ImageInfo(
         extension=suffixes.pop() if len(suffixes) == 1 else "",
         size=0,
         channels=1 if grey else 3,
         bit_depth=depth,
-        pixel_max=2**depth - 1,
+        pixel_max=white if depth == 16 else 255,
+        deep_max=white if deep and depth == 8 else 0,
     )
+
+
+def _mode(root: Path, record: RecordLike) -> str:
+    """Pillow's name of the pixel format, of DICOM that of the picture which it becomes; "" for what is no image."""
+    from PIL import Image
+
+    try:
+        with _opened(root, record) as file:
+            head = file.read(HEAD)
+            if is_dicom(head):
+                return "I;16" if _dicom_bits(head + file.read(_DICOM_HEAD), file) == 16 else "L"
+            file.seek(0)
+            with Image.open(file) as picture:
+                return picture.mode
+    except (MemoryError, PydicomMissing):
+        raise
+    except Exception:  # Pillow's readers of headers raise OSError, SyntaxError, struct.error, ...
+        return ""
+
+
+def _opened(root: Path, record: RecordLike) -> BinaryIO:
+    if INSIDE in record.image:
+        return io.BytesIO(read_image(root, record.image, record.span))
+    return open(root / record.image, "rb")
+
+
+def _dicom_bits(head: bytes, rest: BinaryIO) -> int:
+    try:
+        return read_header(head)[2]
+    except DicomError:
+        return read_header(head + rest.read())[2]
+
+
+def _white(root: Path, record: RecordLike) -> int:
+    """The white that a 16-bit image declares, or the largest value in it; 0 where it cannot be decoded."""
+    from PIL import Image
+
+    try:
+        data = read_image(root, record.image, record.span)
+        if is_dicom(data):
+            return WHITE16
+        with Image.open(io.BytesIO(data)) as picture:
+            values = np.asarray(picture)
+        return declared_white(data, values) or min(WHITE16, max(0, int(values.max())))
+    except MemoryError:
+        raise
+    except Exception:  # which image, and why, is said where all of them are decoded
+        return 0

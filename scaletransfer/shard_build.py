@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from scaletransfer.index import (
 from scaletransfer.records import key_number
 from scaletransfer.sample_table import count_patients, label_rows, label_totals, table_dtype
 from scaletransfer.shard_plan import Plan, Sample
+from scaletransfer.shard_range import measure_range
 from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, finished, shard_tasks, write_all
 
 INFO_NAME = "_info.json"
@@ -56,12 +57,14 @@ def build(
     workers: int = 1,
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda samples: None,
+    measured: Callable[[int], object] = lambda samples: None,
 ) -> BuildReport:
     """Write the shards of `plan` into `folder`, or continue an interrupted build of the same plan.
 
     The bytes do not depend on `workers` or on interruptions.  A folder that is finished with this plan is
     left as it is.  `overwrite` removes our files (no others) of another build first.  `progress` is called
-    with a number of samples as they are done.
+    with a number of samples as they are done, and before that `measured` where the range of 16-bit images has to be
+    measured (`shard_range`).
 
     Raises ValueError if the folder holds shards of another plan, another process writes it, bit depths are
     mixed or a split has no usable image, besides what `shard_writer.write_all` raises.
@@ -78,15 +81,18 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     with _claimed(folder, plan.digest, overwrite):
         done, waiting = {}, []
-        for task in shard_tasks(plan, folder):
-            content = finished(task)
-            if content is None:
-                waiting.append(task)
-            else:
-                done[task.file] = content
-                progress(len(task.samples))
-        kept = len(done)
         try:
+            if plan.encoding.bit_depth and not plan.encoding.pixel_max:
+                white = measure_range(shard_tasks(plan, folder), workers, measured)
+                plan = replace(plan, encoding=replace(plan.encoding, pixel_max=white))
+            for task in shard_tasks(plan, folder):
+                content = finished(task)
+                if content is None:
+                    waiting.append(task)
+                else:
+                    done[task.file] = content
+                    progress(len(task.samples))
+            kept = len(done)
             _check_depth(done.values())
             # closing: no worker may still be writing when the folder is cleared below
             with closing(write_all(waiting, workers, progress)) as markers:
@@ -177,8 +183,8 @@ def _check_depth(markers: Any) -> None:
     if len(depths) > 1:
         counts = ", ".join(f"{sum(n for (_, d), n in seen.items() if d == depth)} of {depth} bits" for depth in depths)
         raise ValueError(
-            f"images of 8 and of 16 bits a pixel are mixed (so far {counts}); convert them to one depth "
-            "first, or make two folders of shards"
+            f"images of 8 and of 16 bits a pixel are mixed (so far {counts}): give --bit-depth 8, or make two "
+            "folders of shards"
         )
 
 

@@ -7,18 +7,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scaletransfer import keys
+from scaletransfer.dicom import require_pydicom
 from scaletransfer.image_files import read_image
 from scaletransfer.index import FORMAT_VERSION, split_order
+from scaletransfer.pixel_range import WHITE16, full_range
 from scaletransfer.records import RecordLike, SourceLike, image_sizes, sample_keys_of
 from scaletransfer.sample_table import patient_numbers
-from scaletransfer.shard_image import KEPT_EXTENSIONS, Encoding, UnusableImage, prepare
+from scaletransfer.shard_image import KEPT_EXTENSIONS, Encoding, UnusableImage, largest_value, prepare
 
 TARGET_SHARD_BYTES = 100_000_000
 MIN_SHARDS = 8
@@ -67,8 +69,11 @@ class Plan:
 
     @property
     def encoder(self) -> dict[str, Any]:
-        """The index's entry `encoder`."""
-        return self.encoding.describe(self.extension)
+        """The index's entry `encoder`; its range is 0 until that has been measured (`shard_range`)."""
+        entry = self.encoding.describe(self.extension)
+        if any(_is_dicom(sample.image) for samples in self.samples.values() for sample in samples):
+            entry["dicom"] = f"pydicom {require_pydicom().__version__}"
+        return entry
 
     def shards(self) -> list[tuple[str, str, int, int]]:
         """(split, file name, first row, end row) of every shard, in order."""
@@ -90,6 +95,7 @@ class FirstRecords:
         self._source, self._limit = source, limit
         self.name, self.task, self.licence = source.name, source.task, source.licence
         self.root, self.label_names = Path(source.root), tuple(source.label_names)
+        self.public = source.public
         self.label_kind, self.locate = source.label_kind, source.locate
 
     @property
@@ -135,15 +141,17 @@ def plan_shards(
     rows; they are recorded in the index.
 
     Raises ValueError if there are no records, two share a key, image files are missing, formats are mixed
-    without `encoding.encode`, or an option has no meaning.
+    without `encoding.encode`, there is DICOM but no pydicom, or an option has no meaning.
     """
-    encoding = encoding or Encoding()
+    encoding = replace(encoding or Encoding(), private=not source.public)
     for name, value in (("--seed", seed), ("--shard-size", shard_size)):
         if value < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
     records = source.locate(list(source))
     if not records:
         raise ValueError(f"{source.root} has no records of {source.name} with these options; check --root")
+    if any(_is_dicom(record.image) for record in records):
+        require_pydicom()  # before all of them would be refused one by one
     identities = sample_keys_of(source.name, records, salt)
     sizes = check_images(source, records, allow_missing=allow_missing)
     extension = _extension(source.root, records, encoding)
@@ -236,24 +244,48 @@ def _extension(root: Path, records: Sequence[RecordLike], encoding: Encoding) ->
     return found[0]
 
 
+def _is_dicom(image: str) -> bool:
+    """By its name, as far as that is known before files are opened."""
+    return image.lower().endswith(".dcm")
+
+
 def _shard_size(root: Path, samples: Sequence[Sample], sizes: Sequence[int], extension: str, encoding: Encoding) -> int:
     present = [row for row, size in enumerate(sizes) if size >= 0]
     mean = sum(sizes[row] for row in present) / len(present)
-    if encoding.size or encoding.encode:
+    if encoding.size or encoding.encode or encoding.bit_depth:
         # what a re-encoded image weighs is known only from some of them
-        trial = []
-        for i in sorted({round(i) for i in np.linspace(0, len(present) - 1, 8)}):
-            try:
-                sample = samples[present[i]]
-                trial.append(len(prepare(read_image(root, sample.image, sample.span), extension, encoding).data))
-            except UnusableImage:
-                continue  # it will be quarantined, with its reason, when its shard is written
+        chosen = [samples[present[i]] for i in sorted({round(i) for i in np.linspace(0, len(present) - 1, 8)})]
+        trial = _trial(root, chosen, extension, encoding)
         mean = sum(trial) / len(trial) if trial else mean
     per_shard = max(1, int(TARGET_SHARD_BYTES / (mean + 2048)))  # tar headers and the label: about 2 kB a sample
     shards = -(-len(samples) // per_shard)
     if len(samples) >= MIN_SPLIT:
         shards = max(shards, MIN_SHARDS)
     return -(-len(samples) // shards)  # of about equal size: no last shard with two images
+
+
+def _trial(root: Path, samples: Sequence[Sample], extension: str, encoding: Encoding) -> list[int]:
+    """Bytes of some images as they would be stored, with the range of these alone where it is not known yet."""
+    images, largest = [], 0
+    for sample in samples:
+        try:
+            data = read_image(root, sample.image, sample.span)
+            if encoding.bit_depth and not encoding.pixel_max:
+                largest = max(largest, largest_value(data))
+            images.append((sample, data))
+        except UnusableImage:
+            continue  # it will be quarantined, with its reason, when its shard is written
+    if encoding.bit_depth and not encoding.pixel_max:
+        encoding = replace(encoding, pixel_max=full_range(largest) if largest else WHITE16)
+    found = []
+    for sample, data in images:
+        try:
+            found.append(len(prepare(data, extension, encoding).data))
+        except UnusableImage:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{root / sample.image}: {error}") from None
+    return found
 
 
 def _digest(plan: Plan) -> str:

@@ -95,7 +95,7 @@ def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None
     """Write one shard: temporary file, fsync, rename, then its marker, whose content is returned.
 
     The marker: {file, samples, bytes, sha256, rows [[row of the plan, offset, size]], quarantine [[key,
-    reason]], seen {"<channels>x<bits>": images}, pixel_max}.  If no image is usable, no tar is written and
+    reason]], seen {"<channels>x<bits>": images}, pixel_max, range}.  If no image is usable, no tar is written and
     bytes is 0. `progress` is called with 1 after every sample.  Raises ValueError for an image that the
     options can't store, OSError for a file that can't be read or written.
     """
@@ -144,15 +144,21 @@ def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None
         "quarantine": quarantine,
         "seen": seen,
         "pixel_max": pixel_max,
+        "range": task.encoding.pixel_max,
     }
     write_atomically(task.marker, json_bytes(content))
     return content
 
 
 def finished(task: ShardTask) -> dict[str, Any] | None:
-    """The marker of a shard that an earlier run finished and that is intact (size, sha256); else None."""
+    """The marker of a shard that an earlier run finished and that is intact (size, sha256); else None.
+
+    None, too, for a shard whose 16-bit images were scaled from another range: files were changed since.
+    """
     try:
         content: dict[str, Any] = json.loads(task.marker.read_bytes())
+        if content["range"] != task.encoding.pixel_max:
+            return None
         if content["samples"]:
             with open(task.folder / task.file, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -171,20 +177,30 @@ def write_all(
 
     Raises what `write_shard` raises, and ChildProcessError if a worker was killed.
     """
+    return run_all(write_shard, tasks, workers, progress)
+
+
+def run_all(
+    work: Callable[..., dict[str, Any]], tasks: Sequence[ShardTask], workers: int, progress: Callable[[int], object]
+) -> Generator[dict[str, Any], None, None]:
+    """`work(task, progress)` of every task, by `workers` processes as in `write_all`; the results as they come.
+
+    work: a function of a module, which pickle can name; `progress` is left out in another process.
+    """
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
-            yield write_shard(task, progress)
+            yield work(task, progress)
         return
     # spawn: the parent may hold threads (tqdm, libraries), and a forked copy of a locked lock never opens
     context = multiprocessing.get_context("spawn")
     remaining = iter(tasks)
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=die_with_parent) as pool:
         running: dict[Future[dict[str, Any]], ShardTask] = {}
         try:
             while True:
                 # two shards a worker in flight: a plan of a million images isn't pickled all at once
                 while len(running) < 2 * workers and (following := next(remaining, None)) is not None:
-                    running[pool.submit(write_shard, following)] = following
+                    running[pool.submit(work, following)] = following
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -201,7 +217,7 @@ def write_all(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Let a worker end when its parent is killed: it would wait for work for ever, or still write shards."""
     parent = multiprocessing.parent_process()
     assert parent is not None

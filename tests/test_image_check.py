@@ -39,10 +39,10 @@ def test_each_given_image_is_decoded_once(tmp_path, monkeypatch, workers):
     log = tmp_path / "decoded"
     original = image_check.decode
 
-    def count(data: bytes, channels: int, depth: int):
+    def count(data: bytes, channels: int, depth: int, *white: int):
         with log.open("ab") as file:
             file.write(b"%d %d\n" % (channels, depth))
-        return original(data, channels, depth)
+        return original(data, channels, depth, *white)
 
     monkeypatch.setattr(image_check, "decode", count)
     check_images(sources, [np.array([3, 0, 3, 5]), np.array([1])], channels=3, depth=8, workers=workers)

@@ -133,9 +133,71 @@ def test_wrong_policies_are_refused() -> None:
         targets(np.zeros((1, 14), np.int8), CHEXPERT_RAW, "chexpert", policy)
 
 
+def test_nih_knows_its_names() -> None:
+    assert vocabulary("nih", "raw") == tuple(sorted((*NIH, "No Finding")))
+    assert vocabulary("nih", "paper") == vocabulary("nih", "corrected") == NIH
+    names = (*NIH, "No Finding")  # as a source may have them, in another order
+    raw = np.zeros((3, 15), np.int8)
+    raw[0, -1] = raw[1, names.index("Hernia")] = 1
+    for policy in ("paper", "corrected"):
+        out = targets(raw, names, "nih", policy)
+        assert out.shape == (3, 14) and np.argwhere(out).tolist() == [[1, NIH.index("Hernia")]]
+    with pytest.raises(ValueError, match="'No Finding'"):
+        targets(raw[:, :-1], NIH, "nih")
+
+
+SEVEN = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Pneumonia", "Pneumothorax")
+UNION_OF_THREE = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema"),
+    *("Enlarged Cardiomediastinum", "Fibrosis", "Fracture", "Hernia", "Infiltration", "Lung Lesion", "Lung Opacity"),
+    *("Mass", "Nodule", "Pleural Other", "Pleural_Thickening", "Pneumonia", "Pneumothorax", "Support Devices"),
+)
+UNION_OF_FOUR = (
+    *("Air Trapping", "Aortic Atheromatosis", "Aortic Elongation", "Atelectasis", "Bronchiectasis", "Cardiomegaly"),
+    *("Consolidation", "Costophrenic Angle Blunting", "Edema", "Effusion", "Emphysema"),
+    *("Enlarged Cardiomediastinum", "Fibrosis", "Flattened Diaphragm", "Fracture", "Granuloma"),
+    *("Hemidiaphragm Elevation", "Hernia", "Hilar Enlargement", "Infiltration", "Lung Lesion", "Lung Opacity", "Mass"),
+    *("Nodule", "Pleural Other", "Pleural_Thickening", "Pneumonia", "Pneumothorax", "Scoliosis", "Support Devices"),
+    "Tuberculosis",
+)
+
+
+@pytest.mark.parametrize(
+    ("sources", "intersection", "union"),
+    [
+        (("chexpert", "mimic"), CHEXPERT_FINDINGS, CHEXPERT_FINDINGS),
+        (("chexpert", "mimic", "nih"), SEVEN, UNION_OF_THREE),
+        (("chexpert", "mimic", "nih", "padchest"), SEVEN, UNION_OF_FOUR),
+    ],
+)
+@pytest.mark.parametrize("policy", ["paper", "corrected"])
+def test_the_merges_of_the_paper(sources, intersection, union, policy) -> None:
+    tables = [vocabulary(source, policy) for source in sources]
+    assert combine(tables, "intersection") == intersection
+    assert combine(tables, "union") == union
+
+
+@pytest.mark.parametrize("sources", [("chexpert", "nih"), ("chexpert", "mimic", "padchest"), ("nih", "padchest")])
+def test_a_union_masks_what_a_source_does_not_know(sources) -> None:
+    """One image of each source, with an effusion and nothing else said: every cell of the union is what that source
+    knows, or unknown."""
+    names = combine([vocabulary(source, "corrected") for source in sources], "union")
+    for source in sources:
+        raw_names = vocabulary(source, "raw")
+        token = "pleural effusion" if source == "padchest" else "Effusion"
+        raw = np.full((1, len(raw_names)), NEGATIVE, np.int8)
+        raw[0, raw_names.index(token)] = POSITIVE
+        own = vocabulary(source, "corrected")
+        (row,) = project(targets(raw, raw_names, source, "corrected"), own, names)
+        for name, value in zip(names, row, strict=True):
+            if name in own:
+                assert value == (name == "Effusion"), name
+            else:
+                assert np.isnan(value), name
+
+
 def test_combining_vocabularies() -> None:
-    seven = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Pneumonia", "Pneumothorax")
-    assert combine([CHEXPERT_FINDINGS, CHEXPERT_FINDINGS, NIH], "intersection") == seven
+    assert combine([CHEXPERT_FINDINGS, CHEXPERT_FINDINGS, NIH], "intersection") == SEVEN
     assert combine([CHEXPERT_FINDINGS, CHEXPERT_FINDINGS], "union") == CHEXPERT_FINDINGS
     assert combine([NIH], "intersection") == NIH
     # Both from CheXpert's family: Effusion keeps the place of Pleural Effusion.

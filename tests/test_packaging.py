@@ -120,7 +120,13 @@ def test_torch_is_pinned_as_tested_and_its_own_libraries_are_left_to_it():
 
 def test_what_the_package_imports_is_declared():
     parser = settings()
-    optional = {"deepspeed": "deepspeed", "timm": "timm", "matplotlib": "report", "torchxrayvision": "dev"}
+    optional = {
+        "deepspeed": "deepspeed",
+        "timm": "timm",
+        "matplotlib": "report",
+        "torchxrayvision": "dev",
+        "pydicom": "dicom",
+    }
     declared = {r.name.lower() for r in requirements(parser["options"]["install_requires"])}
     aliases = {
         "yaml": "pyyaml",

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers_official import NAMES, shards, write
+from PIL import Image, PngImagePlugin
 
 from scaletransfer import make_shards
 from scaletransfer.finetune import main as finetune
-from scaletransfer.sources import source_class
+from scaletransfer.index import load_index
+from scaletransfer.keys import key, load_salt
+from scaletransfer.loader import ShardReader, read_image
+from scaletransfer.sources import open_source, source_class
 
 PRIVATE = [name for name in NAMES if not source_class(name).public]
 SHORT = 5
@@ -55,6 +61,38 @@ def test_every_written_byte(name, tmp_path):
     # the scan finds what it should: the listing does hold them
     listing = (tmp_path / f"{name}.csv").read_text()
     assert sum(text in listing for text in hidden) > 10
+
+
+def test_what_image_files_say_of_a_person_is_taken_out(tmp_path):
+    """Text of a PNG and EXIF of a JPEG: gone from private sets, kept with all other bytes in public ones."""
+    root = write("nih", tmp_path / "data")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("PatientName", "Doe^Jane")
+    paths = sorted(root.rglob("*.png"))
+    pixels = {path: np.asarray(Image.open(path)) for path in paths}
+    for path in paths:
+        Image.open(path).save(path, pnginfo=text)
+    index = load_index(shards("nih", root, tmp_path / "shards"))
+    assert index.encoder == {"name": "original", "metadata": "removed"}
+    for path in (tmp_path / "shards").iterdir():
+        assert b"Doe^Jane" not in path.read_bytes()
+    source = open_source("nih", root)
+    salt = load_salt()
+    found = {}
+    for split, info in index.splits.items():
+        for row, name in enumerate(index.keys(split, slice(None))):
+            found[name] = np.asarray(Image.open(io.BytesIO(read_image(ShardReader(), index, split, row))))
+        assert info.samples
+    for record in source:
+        wanted = next(values for path, values in pixels.items() if path.name == record.source_id)
+        assert np.array_equal(found[key("nih", record.source_id, salt)], wanted)
+    pets = write("pets", tmp_path / "pets")
+    photo = next(pets.rglob("*.jpg"))
+    exif = Image.Exif()
+    exif[0x013B] = "Doe^Jane"
+    Image.open(photo).convert("RGB").save(photo, exif=exif)
+    out = shards("pets", pets, tmp_path / "public")
+    assert any(photo.read_bytes() in path.read_bytes() for path in out.glob("*.tar"))
 
 
 @pytest.mark.parametrize("name", ["nih", "covidx"])

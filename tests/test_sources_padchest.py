@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from official.padchest import HEADER, TABLE, row, write_padchest, write_table
-from PIL import Image
 
 from scaletransfer import make_shards
 from scaletransfer.index import from_records, load_index
@@ -264,13 +262,6 @@ def test_shards(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(Path("single/index.json").read_text())["options"]["single_label"] is True
 
 
-def test_images_keep_their_bits(tmp_path: Path) -> None:
-    write_padchest(tmp_path, patients=2, bits=12)
-    for record in open_source("padchest", tmp_path):
-        with Image.open(tmp_path / record.image) as picture:
-            assert picture.mode == "I;16" and picture.getextrema() == (0, 4095)
-
-
 # A cell in each form that Python writes: single or double quotes, blanks before tokens.
 cells = st.lists(
     st.tuples(st.sampled_from((*reviewed(), "")), st.sampled_from(("", " ", "  ")), st.sampled_from("'\"")), max_size=6
@@ -294,7 +285,6 @@ BAD_CELLS = (
     "nodule",
     "['nodule', 1]",
     "[['nodule']]",
-    "{'nodule'}",
     "['nodule' 'scoliosis']",
     "['no\\x64ule']",
     "[__import__('os').system('touch hacked')]",
@@ -403,9 +393,8 @@ def test_no_table(tmp_path: Path) -> None:
 
 
 def test_plain_and_compressed_tables_say_the_same(tmp_path: Path) -> None:
-    found: Iterator[list] = (
+    first, second = (
         list(open_source("padchest", write_padchest(tmp_path / str(zipped), pixels=0, compressed=zipped)))
         for zipped in (True, False)
     )
-    first, second = found
     assert first == second

@@ -63,17 +63,16 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
     names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
     if data.nb_classes is not None and data.nb_classes != len(names):
         raise ValueError(
-            f"data.nb_classes is {data.nb_classes} but the shards have {len(names)} classes: correct the number, or the "
-            "folders of data.train"
+            f"data.nb_classes is {data.nb_classes} but the shards have {len(names)} classes: correct the number, or "
+            "the folders of data.train"
         )
     check_validates([index for index, _ in valid], train[0][0], rules, names)
     depths = {index.image.bit_depth for index, _ in [*train, *valid]}
     if len(depths) > 1:
-        raise ValueError(
-            f"the shards mix {sorted(depths)} bits a channel: make them alike with --encode or --bit-depth"
-        )
+        raise ValueError(f"the shards mix {sorted(depths)} bits a channel: make them alike with --bit-depth 8")
 
-    def dataset(pairs: list[tuple[ShardIndex, str]], training: bool) -> ShardDataset:
+    def dataset(pairs: list[tuple[ShardIndex, str]], white: int | None = None) -> ShardDataset:
+        training = white is None
         chosen = [Source(index=i, split=s, policy=rules, names=names) for i, s in pairs]
         order = None
         if training:
@@ -87,9 +86,12 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
             randaugment_magnitude=magnitude,
         )
         transform = build_transform(data.transform, training, data.image_size, data.augment_protocol, options)
-        return ShardDataset(chosen, order, transform, 1 if data.transform == "xray" else 3, cfg.seed)
+        channels = 1 if data.transform == "xray" else 3
+        return ShardDataset(chosen, order, transform, channels, cfg.seed, pixel_max=white)
 
-    return dataset(train, True), dataset(valid, False) if valid else None, names
+    made = dataset(train)
+    # one normalisation for both: validation images of another range are scaled to that of training
+    return made, dataset(valid, made.pixel_max) if valid else None, names
 
 
 def check_validates(valid: Sequence[ShardIndex], train: ShardIndex, rules: LabelPolicy, names: Sequence[str]) -> None:
@@ -234,8 +236,8 @@ def run_facts(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) 
 
 
 def pixel_max(train: ShardDataset) -> int:
-    """The pixel value that stands for 1."""
-    return int(2 ** train.sources[0].index.image.bit_depth - 1)
+    """The pixel value that stands for 1: 255, or of 16-bit shards the end of the range that they use."""
+    return train.pixel_max
 
 
 def check_continues(found: Checkpoint, facts: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from scaletransfer.files import inside
 from scaletransfer.sources.base import SPLITS, Record, Source
 from scaletransfer.sources.splits import check_share, uniform
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".dcm")
 VALID_NAMES = ("val", "valid", "validation")
 
 # What file managers and unpackers leave behind; nobody wants to hear of it. Hidden files are passed over as

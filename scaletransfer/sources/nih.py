@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from scaletransfer.labels import NO_FINDING
+from scaletransfer.labels import NIH_RAW, NO_FINDING
 from scaletransfer.sources.base import DEFAULT_VIEWS, Record, Source, nearest, parse_views
 from scaletransfer.sources.places import find_images
 from scaletransfer.sources.splits import check_share, held_out
@@ -16,23 +16,6 @@ from scaletransfer.sources.tables import Table, find_table, read_list
 TABLE = "Data_Entry_2017_v2020.csv"
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "View Position")
 TRAIN_VAL, TEST = "train_val_list.txt", "test_list.txt"
-NIH_FINDINGS: tuple[str, ...] = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Consolidation",
-    "Edema",
-    "Effusion",
-    "Emphysema",
-    "Fibrosis",
-    "Hernia",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pleural_Thickening",
-    "Pneumonia",
-    "Pneumothorax",
-)
-NIH_TOKENS: tuple[str, ...] = (*NIH_FINDINGS, NO_FINDING)
 NIH_VIEWS = ("PA", "AP")
 
 _VALID_SHARE = 0.1
@@ -81,7 +64,7 @@ class NIH(Source):
         super().__init__(root)
         if protocol not in ("corrected", "paper"):
             raise ValueError(f"protocol is {protocol!r}; it must be corrected or paper.")
-        self.label_names = NIH_TOKENS
+        self.label_names = NIH_RAW
         self.views = parse_views(views)
         self.protocol, self.valid_share, self.seed = protocol, check_share(valid_share), seed
         if protocol == "paper" and valid_share != _VALID_SHARE:
@@ -211,9 +194,9 @@ def _tokens(where: str, cell: str) -> tuple[str, ...]:
     """The findings of a cell "A|B", in its order; ValueError, with `where`, for what the data set doesn't know."""
     tokens = tuple(token.strip() for token in cell.split("|") if token.strip())
     for token in tokens:
-        if token not in NIH_TOKENS:
+        if token not in NIH_RAW:
             raise ValueError(
-                f"{where}, column 'Finding Labels': there is no finding {token!r}{nearest(token, NIH_TOKENS)}; "
+                f"{where}, column 'Finding Labels': there is no finding {token!r}{nearest(token, NIH_RAW)}; "
                 "use the official table."
             )
     if not tokens or (NO_FINDING in tokens and set(tokens) != {NO_FINDING}):

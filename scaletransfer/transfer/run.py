@@ -74,7 +74,11 @@ def run_facts(plan: Plan) -> dict[str, Any]:
             "blank": policy.blank,
             "per_label": {name: dict(choices) for name, choices in policy.per_label.items()},
         },
-        "normalisation": {"mean": plan.start.mean, "std": plan.start.std, "pixel_max": 2**target.depth - 1},
+        "normalisation": {
+            "mean": plan.start.mean,
+            "std": plan.start.std,
+            "pixel_max": target.index.image.white(target.depth),
+        },
         "transform": {
             "kind": "bit",
             "precrop": precrop,
@@ -87,8 +91,8 @@ def run_facts(plan: Plan) -> dict[str, Any]:
         "global_batch": cfg.global_batch,
         "order_version": ORDER_VERSION,
         "data": [
-            {"source": target.index.source, "split": split, "index_sha256": target.index.digest}
-            for split in (cfg.data.train_split, cfg.data.valid_split)
+            {"source": target.index.source, "split": split, **target.settings, "index_sha256": target.index.digest}
+            for split in (cfg.data.train_split, plan.valid_split)
         ],
         "optimizer": cfg.optimizer.name,
         "optimizer_settings": {
@@ -182,7 +186,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
         names=target.names,
         train=train,
         valid=valid,
-        normalize=Normalizer(plan.start.mean, plan.start.std, 2**target.depth - 1).to(engine.device),
+        normalize=Normalizer(plan.start.mean, plan.start.std, train.pixel_max).to(engine.device),
         lr=lambda seen: plan.rule.lr_at(seen // cfg.global_batch, plan.peak),
         folder=folder,
         held=held,
@@ -223,7 +227,7 @@ def datasets(plan: Plan) -> tuple[ShardDataset, ShardDataset]:
     )
     square, flip = cfg.protocol == "bit", float(cfg.data.flip or 0.0)
     made = []
-    for split, chosen in ((cfg.data.train_split, order), (cfg.data.valid_split, None)):
+    for split, chosen in ((cfg.data.train_split, order), (plan.valid_split, None)):
         transform = bit_transform(chosen is not None, precrop, crop, square=square, flip=flip)
         made.append(
             ShardDataset([target.source(split)], chosen, transform, target.channels, cfg.seed, depth=target.depth)
@@ -258,7 +262,7 @@ def finish(plan: Plan, trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Score the final weights, write predictions, model and result.json; the result. All ranks call this."""
     cfg, target, engine = plan.cfg, plan.target, trainer.engine
     predicted = trainer.predicted if trainer.predicted is not None else trainer.predict()
-    split = cfg.data.valid_split
+    split = plan.valid_split
     found = scores(trainer.loss, predicted, target.index, split, target.names, resamples=cfg.bootstrap)
     result = {
         "dataset": target.dataset,
@@ -317,9 +321,11 @@ def check_folder(folder: Path, going: Checkpoint | None, cfg: FinetuneConfig) ->
             "there while this one trains; take another --logdir, or remove them first"
         )
     where = Path(os.path.realpath(folder))
-    for key, data in (("data.images", cfg.data.images), ("train_dir", cfg.train_dir), ("val_dir", cfg.val_dir)):
+    root = cfg.data.root if cfg.data.source == "image_folder" else None
+    folders = {"data.images": cfg.data.images, "data.root": root, "train_dir": cfg.train_dir, "val_dir": cfg.val_dir}
+    for key, data in folders.items():
         holder = None if data is None else Path(os.path.realpath(Path(data).expanduser()))
-        if holder is None or (key == "data.images" and (holder / "train").is_dir()):
+        if holder is None or (key.startswith("data.") and (holder / "train").is_dir()):
             continue
         if where == holder or holder in where.parents:
             raise ValueError(
