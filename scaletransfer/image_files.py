@@ -1,7 +1,8 @@
-"""The bytes of an image, wherever its data set keeps it: a file, a part of a plain tar, a member of a zip.
+"""The bytes of an image, wherever its data set keeps it: a file, a part of a plain tar, a member of a zip, a row
+of a batch of CIFAR.
 
 An image is named as in `sources.Record.image`: a path relative to the root, or, in an archive, the archive's path, two
-slashes, and the name inside.
+slashes, and the name inside; in an archive inside of an archive, so on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
+from scaletransfer import cifar_batches
 from scaletransfer.files import inside
 
 INSIDE = "//"
@@ -27,7 +29,8 @@ def file_of(image: str) -> str:
 
 
 def image_size(root: Path, image: str, span: tuple[int, int] | None = None) -> int:
-    """Bytes of an image, -1 where there is none.  Of a zip member, the unpacked bytes.
+    """Bytes of an image, -1 where there is none.  Of a zip member, the unpacked bytes; of a row of CIFAR, its pixels'
+    (the batch is not opened).
 
     Raises ValueError for a name that leaves `root` and for an archive that can't be read.
     """
@@ -42,6 +45,8 @@ def image_size(root: Path, image: str, span: tuple[int, int] | None = None) -> i
         return status.st_size
     if span is not None:
         return span[1] if span[0] + span[1] <= status.st_size else -1
+    if cifar_batches.is_row(image):
+        return cifar_batches.ROW_BYTES
     try:
         return _archive(str(file), os.getpid()).getinfo(image.partition(INSIDE)[2]).file_size
     except KeyError:
@@ -49,7 +54,7 @@ def image_size(root: Path, image: str, span: tuple[int, int] | None = None) -> i
 
 
 def read_image(root: Path, image: str, span: tuple[int, int] | None = None) -> bytes:
-    """All bytes of an image.
+    """All bytes of an image: the file as it is, or, of a row of CIFAR, a PNG of it.
 
     Raises FileNotFoundError where there is none, ValueError for an archive that can't be read or is damaged there.
     """
@@ -63,6 +68,8 @@ def read_image(root: Path, image: str, span: tuple[int, int] | None = None) -> b
         if len(data) != span[1]:
             raise ValueError(f"{file} ends inside of {image}; download it again")
         return data
+    if cifar_batches.is_row(image):
+        return cifar_batches.read_row(root, image)
     archive, name = _archive(str(file), os.getpid()), image.partition(INSIDE)[2]
     try:
         if archive.getinfo(name).file_size > _LARGEST:
