@@ -6,6 +6,7 @@ With `--list FILE.csv` it writes the table of what would be sharded, and stops.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from scaletransfer.cli import CommandParser
 from scaletransfer.listing import LABEL_MODES, write_listing
 from scaletransfer.shard_plan import FirstRecords, check_images
 from scaletransfer.shards import BuildReport, Encoding, build, describe, plan_shards
-from scaletransfer.sources import SOURCES, open_source, source_options
+from scaletransfer.sources import SOURCES, open_source, source_class, source_options
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,6 +131,8 @@ def _source_settings(options: argparse.Namespace) -> dict[str, Any]:
         settings["views"] = options.views  # a source without views refuses the option by name
     if "protocol" in source_options(options.source):
         settings["protocol"] = options.protocol
+    elif options.protocol == "paper":
+        print(f"note: {options.source} has the same rows and splits under both protocols", file=sys.stderr)
     return settings
 
 
@@ -146,11 +149,25 @@ def _recorded(chosen: str, source: Any, settings: dict[str, Any]) -> dict[str, A
     return recorded
 
 
+def _source_help() -> str:
+    """Which source has which options, for the end of --help."""
+    lines = ["options of the sources, by --option NAME=VALUE (folders, files and counts: docs/DATA.md):"]
+    for name in SOURCES:
+        parameters = inspect.signature(source_class(name)).parameters.values()
+        own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("views", "protocol")]
+        shown = ", ".join(f"{p.name} ({json.dumps(p.default)})" for p in own)
+        protocols = "" if "protocol" in source_options(name) else "; one protocol"
+        lines.append(f"  {name:13} {shown or '-'}{protocols}")
+    return "\n".join(lines)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="make_shards",
-        description="Turn a data set in its official layout into a folder of shards (format: "
-        "shards/README.md). A build that was interrupted continues when the same command is given again.",
+        description="Turn a data set in its official layout into a folder of shards (format: shards/README.md).\n"
+        "A build that was interrupted continues when the same command is given again.",
+        epilog=_source_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help=f"the data set: {', '.join(SOURCES)}, or module:Class")
@@ -159,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", type=Path, metavar="FILE.csv", help="write the table of what would be sharded, and stop")
     add("--labels", metavar="|".join(LABEL_MODES), help="label columns of --list (default: corrected)")
     add("--protocol", default="corrected", choices=("corrected", "paper"), help="splits and rows: %(choices)s")
-    add("--views", help="views to keep, such as PA,AP, or all (default: PA,AP for X-ray sources)")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="another option of the source")
+    add("--views", help="views to keep, such as PA,AP,L, or all (default: PA,AP; padchest: all five)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="another option of the source (below)")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); any number, same bytes")
     add("--shard-size", type=int, default=0, metavar="N", help="samples a shard (default: about 100 MB)")
     add("--seed", type=int, default=0, metavar="S", help="of the order of the samples (default: 0)")
