@@ -93,6 +93,7 @@ def type_name(hint: Any) -> str:
         bool: "true or false",
         str: "text",
         type(None): "null",
+        Any: "any value",
     }
     if hint in simple:
         return simple[hint]

@@ -6,7 +6,7 @@ What was decided is printed at the start and stands in the run's config.yaml.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from scaletransfer.config.schema import (
     CheckpointConfig,
@@ -53,10 +53,17 @@ class FinetuneDataConfig:
     """A data set by the name that make_shards knows it by, read from its own files in root."""
     root: str | None = None
     """The folder of that data set."""
+    protocol: Literal["corrected", "paper"] = "corrected"
+    """Splits and rows of data.source, as make_shards has them. paper: those of arXiv 2106.00116, for comparison with
+    its results. Labels are data.policy's."""
+    views: str | list[str] | None = None
+    """Views of data.source to keep, such as [PA, AP], or all; null: the source's default."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Other options of data.source, for example {valid_share: 0.1} or {single_label: true}."""
     train_split: str = "train"
     """The split that is trained on."""
-    valid_split: str = "valid"
-    """The split that is validated on."""
+    valid_split: str | None = None
+    """The split that is validated on; null: valid, or test where data.source or data.shards has no valid."""
     valid_share: float = 0.2
     """Share of an image folder's training images that becomes the validation split where it has none; drawn by
     their names alone, the same for every seed."""
@@ -95,6 +102,12 @@ class FinetuneDataConfig:
         check(self.workers >= 0, "data.workers", self.workers, "0 or more")
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
         check((self.source is None) == (self.root is None), "data.root", self.root, "given together with data.source")
+        read = self.source is not None
+        check(read or self.protocol == "corrected", "data.protocol", self.protocol, "corrected without data.source")
+        check(read or self.views is None, "data.views", self.views, "null without data.source")
+        check(read or not self.options, "data.options", self.options, "{} without data.source")
+        for name in ("protocol", "views"):
+            check(name not in self.options, "data.options", self.options, f"without {name}: that is data.{name}")
         for key in ("mean", "std"):
             value = getattr(self, key)
             numbers = value if isinstance(value, list) else [] if value is None else [value]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from scaletransfer.config import FinetuneConfig, FinetuneDataConfig
 from scaletransfer.image_check import probe_areas
 from scaletransfer.index import ShardIndex, from_records, load_index
 from scaletransfer.loader import Source, target_names
-from scaletransfer.sources import open_source
+from scaletransfer.sources import open_source, source_options
 from scaletransfer.sources.image_folder import ImageFolder
 from scaletransfer.transfer.hyperrule import resolution
 
@@ -30,8 +32,12 @@ class Target:
     index: ShardIndex
     names: tuple[str, ...]
     policy: labels.LabelPolicy
-    note: str
-    """A sentence on what was inferred."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was inferred, and what the source says of its rows."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of an official data set: protocol, views and options that it was opened with."""
+    valid_split: str = "valid"
+    """The split that is validated on."""
 
     @property
     def task(self) -> str:
@@ -62,11 +68,16 @@ def open_target(cfg: FinetuneConfig) -> Target:
         ValueError: no target or one that cannot be used: a split that is not there, a single class, another number
             of classes than ``nb_classes``.
     """
-    index, dataset, note = _open(cfg)
-    target = make_target(index, cfg.data.dataset or dataset, _policy(cfg.data), note)
-    for key in ("train_split", "valid_split"):
-        split = getattr(cfg.data, key)
-        if split == "valid" and note and split not in index.splits:
+    target = _open(cfg)
+    index, data = target.index, cfg.data
+    held_out = data.source is None and data.shards is None
+    if data.valid_split is not None:
+        target = replace(target, valid_split=data.valid_split)
+    elif not held_out:
+        split, note = default_split(index, data.source)
+        target = replace(target, valid_split=split, notes=(*target.notes, *([note] if note else [])))
+    for key, split in (("train_split", data.train_split), ("valid_split", target.valid_split)):
+        if split == "valid" and held_out and split not in index.splits:
             raise ValueError(
                 f"{index.folder} has no validation folder, and of its {len(index.table('train'))} images a share of "
                 f"{cfg.data.valid_share:g} leaves none for validation: add a folder val, or raise data.valid_share"
@@ -75,12 +86,12 @@ def open_target(cfg: FinetuneConfig) -> Target:
             raise ValueError(f"data.{key}: the split {split} of {index.folder} has no sample: name another split")
         if split not in index.splits:
             raise ValueError(f"data.{key} is {split!r} but {index.folder} has only {', '.join(index.splits)}")
-    if cfg.data.train_split == cfg.data.valid_split:
-        raise ValueError(f"data.train_split and data.valid_split are both {cfg.data.train_split!r}: name two splits")
+    if data.train_split == target.valid_split:
+        raise ValueError(f"data.train_split and data.valid_split are both {data.train_split!r}: name two splits")
     if target.task == "multiclass" and len(target.names) < 2:
         raise ValueError(
             f"{index.folder} has the single class {target.names[0]!r}: there is nothing to tell apart; a run needs two "
-            "class folders or more"
+            f"{'class folders' if held_out else 'classes'} or more"
         )
     if cfg.nb_classes is not None and cfg.nb_classes != len(target.names):
         raise ValueError(
@@ -90,10 +101,92 @@ def open_target(cfg: FinetuneConfig) -> Target:
     return target
 
 
-def make_target(index: ShardIndex, dataset: str, policy: labels.LabelPolicy, note: str = "") -> Target:
+def make_target(
+    index: ShardIndex,
+    dataset: str,
+    policy: labels.LabelPolicy,
+    notes: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Target:
     """A target from an opened index."""
     names = target_names([index], policy, "intersection", None)
-    return Target(dataset=dataset, index=index, names=names, policy=policy, note=note)
+    return Target(
+        dataset=dataset, index=index, names=names, policy=policy, notes=tuple(notes), settings=dict(settings or {})
+    )
+
+
+def default_split(index: ShardIndex, source: str | None = None) -> tuple[str, str]:
+    """(the split to validate on where none is named, a sentence if that is the test split).
+
+    source: the name of the data set that the index was made of from its files. Raises ValueError where there is
+    neither a valid nor a test split.
+    """
+    if "valid" in index.splits:
+        return "valid", ""
+    if "test" in index.splits:
+        return "test", f"note: {index.source} has no split valid: scores are on its split test"
+    own = source is not None and "valid_share" in source_options(source)
+    raise ValueError(
+        f"{index.folder} has no split valid or test, only {', '.join(index.splits)}: "
+        + (
+            "hold a share of it out by the option valid_share"
+            if own
+            else "scores need another split than the one that is trained on"
+        )
+    )
+
+
+def open_official(
+    name: str,
+    root: str | os.PathLike[str],
+    policy: labels.LabelPolicy,
+    *,
+    protocol: str = "corrected",
+    views: str | Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    salt_file: str | os.PathLike[str] | None = None,
+) -> Target:
+    """A data set read from its own files, by the name that make_shards knows it by.
+
+    protocol: goes to a source that has protocols; another one has only "corrected". views: None is the source's
+    default. options: others of the source. salt_file: None is the public salt for public sets, else the user's.
+
+    Raises ValueError: a source, option or protocol that there is not, and whatever is wrong with the files.
+    """
+    settings = dict(options or {})
+    if "protocol" in source_options(name):
+        settings["protocol"] = protocol
+    elif protocol != "corrected":
+        raise ValueError(
+            f"the protocol {protocol} was asked for, but the source {name} has only one: leave protocol out, or "
+            "corrected"
+        )
+    if views is not None:
+        settings["views"] = views
+    source = open_source(name, root, **settings)
+    index = from_records(source, keys.PUBLIC_SALT if source.public and not salt_file else keys.load_salt(salt_file))
+    notes = [f"note: {note}" for note in source.notes]
+    notes += [f"left out: {rows:,} rows, {reason}" for reason, rows in source.left_out.items()]
+    kept = getattr(source, "views", ())  # of sources with views None stands for all
+    held = {"protocol": protocol, "views": ["all"] if kept is None else sorted(kept), "options": dict(options or {})}
+    return make_target(index, name, policy, notes, held)
+
+
+def named_values(entries: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of entries such as "valid_share=0.1"; a value is JSON, or else text.
+
+    Raises ValueError for an entry of another form.
+    """
+    values: dict[str, Any] = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        if not separator or not name:
+            raise ValueError(f"--option is {entry!r}; give NAME=VALUE, for example valid_share=0.1")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 def _policy(data: FinetuneDataConfig) -> labels.LabelPolicy:
@@ -103,16 +196,30 @@ def _policy(data: FinetuneDataConfig) -> labels.LabelPolicy:
     )
 
 
-def _open(cfg: FinetuneConfig) -> tuple[ShardIndex, str, str]:
-    """Index, name of the data set, and what was inferred."""
+def _open(cfg: FinetuneConfig) -> Target:
+    """What the configuration names; its splits are not looked at."""
+    data, policy = cfg.data, _policy(cfg.data)
+    if data.source is not None and data.root is not None:
+        target = open_official(
+            data.source,
+            data.root,
+            policy,
+            protocol=data.protocol,
+            views=data.views,
+            options=data.options,
+            salt_file=data.salt_file,
+        )
+        return replace(target, dataset=data.dataset or target.dataset)
+    index, dataset, note = _open_own(cfg)
+    return make_target(index, data.dataset or dataset, policy, [note] if note else [])
+
+
+def _open_own(cfg: FinetuneConfig) -> tuple[ShardIndex, str, str]:
+    """Index, name, and what was inferred, of shards or image folders."""
     data = cfg.data
     if data.shards is not None:
         folder = Path(data.shards)
         return load_index(folder), _name(folder), ""
-    if data.source is not None and data.root is not None:
-        source = open_source(data.source, data.root)
-        salt = keys.PUBLIC_SALT if source.public else keys.load_salt(data.salt_file)
-        return from_records(source, salt), data.source, ""
     if cfg.train_dir is not None:
         source, note = _two_folders(cfg.train_dir, cfg.val_dir, data.valid_share)
         name = _name(Path(cfg.train_dir))
@@ -120,10 +227,10 @@ def _open(cfg: FinetuneConfig) -> tuple[ShardIndex, str, str]:
             name = _name(Path(os.path.abspath(cfg.train_dir)).parent)
         return from_records(source, keys.PUBLIC_SALT), name, note
     if data.images is not None:
-        return (*open_folder(Path(data.images), data.valid_share, data.valid_split),)
+        return open_folder(Path(data.images), data.valid_share, data.valid_split or "valid")
     raise ValueError(
-        "there is no target: give a folder of images with --images DIR, shards with --shards DIR, or train_dir and "
-        "val_dir in the fine-tuning configuration"
+        "there is no target: give a folder of images with --images DIR, shards with --shards DIR, or data.source and "
+        "data.root, or train_dir and val_dir, in the fine-tuning configuration"
     )
 
 

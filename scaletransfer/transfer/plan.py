@@ -33,6 +33,11 @@ class Plan:
     """What was inferred, for the person who started it."""
 
     @property
+    def valid_split(self) -> str:
+        assert self.cfg.data.valid_split is not None
+        return self.cfg.data.valid_split
+
+    @property
     def resolution(self) -> tuple[int, int]:
         size = self.cfg.data.resolution
         assert size is not None
@@ -86,7 +91,14 @@ def make_plan(
         mixup=alpha,
         steps=rule.steps,
         model=replace(cfg.model, name=start.model, path=start.path, head="keep" if head == "keep" else "new"),
-        data=replace(cfg.data, resolution=list(size), flip=flip, mean=start.mean, std=start.std),
+        data=replace(
+            cfg.data,
+            valid_split=target.valid_split,
+            resolution=list(size),
+            flip=flip,
+            mean=start.mean,
+            std=start.std,
+        ),
     )
     drawn = cfg.sampling
     if drawn == "auto":
@@ -124,9 +136,9 @@ def _says(
     assert size is not None
     return [
         f"target {target.dataset}: {target.task}, {len(target.names)} classes: {shortened(target.names)}",
-        *([target.note] if target.note else []),
+        *target.notes,
         f"training on {len(selection.rows)} of {len(targets)} images ({shot}), validating on "
-        f"{len(target.index.table(cfg.data.valid_split))}; {'with' if cfg.sampling == 'replacement' else 'without'} "
+        f"{len(target.index.table(target.valid_split))}; {'with' if cfg.sampling == 'replacement' else 'without'} "
         "replacement",
         *([f"no training sample has {shortened(unseen)}: nothing is learnt of it"] if unseen else []),
         f"network {start.model} from {start.path or 'drawn values (scratch)'}",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from scaletransfer import keys as keys_of
 from scaletransfer.bootstrap import intervals
 from scaletransfer.engine.evaluate import report
 from scaletransfer.files import json_bytes, write_atomically
@@ -50,7 +51,8 @@ def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
 def write_predictions(
     path: Path, task: str, predicted: dict[str, np.ndarray], index: ShardIndex, split: str, names: Sequence[str]
 ) -> None:
-    """One row an image: key, for image files their path, labels, probabilities.
+    """One row an image: key, for image files their path (but of a data set whose identifiers are kept secret, where it
+    would name the patient), labels, probabilities.
 
     Multi-class: ``label``, ``predicted`` and ``p:<class>`` (above 200 classes the five most probable as
     ``class_1, p_1, ...``). Multi-label: ``label:<name>`` (1, 0, empty for unknown) and ``p:<name>``. Atomic.
@@ -60,7 +62,8 @@ def write_predictions(
     table = index.table(split)
     p = probabilities(predicted["logits"], task)
     wide = task == "multilabel" or len(names) <= WIDE
-    header = ["key", *(["image"] if index.in_memory else [])]
+    named = index.in_memory and index.salt_fingerprint == keys_of.fingerprint(keys_of.PUBLIC_SALT)
+    header = ["key", *(["image"] if named else [])]
     if task == "multilabel":
         header += [f"label:{name}" for name in names] + [f"p:{name}" for name in names]
     elif wide:
@@ -73,7 +76,7 @@ def write_predictions(
         writer.writerow(header)
         for number, key in enumerate(keys):
             line: list[Any] = [key]
-            if index.in_memory:
+            if named:
                 line.append(index.splits[split].shards[int(table["shard"][rows[number]])].file)
             target = predicted["target"][number]
             if task == "multilabel":
