@@ -230,6 +230,16 @@ def test_an_option_changes_the_training_where_it_should(finished, images, pretra
     assert all(math.isfinite(loss) for loss in found) and (found != losses(finished)) == changes
 
 
+def test_few_shot_knows_no_oversampling_and_says_so(images, pretrained, tmp_path, capsys):
+    """The published configurations with oversampling serve few-shot runs as well."""
+    common = (f"data.images={images}", f"model.path={pretrained}", "seed=3", "examples_per_class=1", "micro_batch=1")
+    finetune(tmp_path / "plain", config(*common))
+    assert "no oversampling" not in capsys.readouterr().out
+    finetune(tmp_path / "run", config(*common, "oversampling=true"))
+    assert "no oversampling, which is for full training sets" in capsys.readouterr().out
+    assert losses(tmp_path / "plain") == losses(tmp_path / "run")
+
+
 def test_seed_keys_of_the_published_configurations(images, pretrained, tmp_path):
     path = tmp_path / "target.yaml"
     path.write_text(f"train_dir: {images}/train\nval_dir: {images}/val\nnb_classes: 3\n")

@@ -251,7 +251,6 @@ def test_scratch_needs_no_checkpoint_but_a_network(images):
         (("IMAGES", "data.resolution=[16,32]"), "data.resolution"),
         (("IMAGES", "protocol=big"), "one of bit, paper"),
         (("IMAGES", "optimizer.lr=-1"), "optimizer.lr must be a positive number"),
-        (("IMAGES", "oversampling=true", "examples_per_class=1"), "oversampling must be false"),
         (("IMAGES", "validate.every_epochs=1"), "validate.every_epochs must be null"),
         (("IMAGES", "exmples_per_class=1"), "did you mean examples_per_class"),
         (("IMAGES", "memory_gb=0.000001", "micro_batch=null"), "memory"),

@@ -216,7 +216,8 @@ class FinetuneConfig:
     mixup: float | None = None
     """Both parameters of mixup's Beta distribution; null: 0.1 from 20,000 training images on, else 0 (none)."""
     oversampling: bool = False
-    """Draw every class equally often, with replacement (only without examples_per_class)."""
+    """Draw every class equally often, with replacement. As published, only of a full training set: it does nothing
+    with examples_per_class or selection, where classes are equally large, and the run says so."""
     sampling: Literal["auto", "permutation", "replacement"] = "auto"
     """permutation: every sample once before any comes again. replacement: independent draws. auto: replacement
     where micro_batch is set and larger than the training set, as published."""
@@ -275,12 +276,6 @@ class FinetuneConfig:
         shot = self.examples_per_class
         check(
             shot is None or self.selection is None, "selection", self.selection, "null where examples_per_class is set"
-        )
-        check(
-            not self.oversampling or (shot is None and self.selection is None),
-            "oversampling",
-            self.oversampling,
-            "false with examples_per_class or selection, where classes are equally large",
         )
         check(
             not (self.oversampling and self.sampling == "permutation"),
