@@ -48,6 +48,7 @@ def evaluate(
     protocol: str = "corrected",
     views: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    salt_file: str | Path | None = None,
     split: str | None = None,
     out: str | Path | None = None,
     batch: int = 32,
@@ -58,8 +59,8 @@ def evaluate(
     """Metrics of a model on one split, as ``metrics.multilabel_report`` or ``multiclass_report``, with "loss" and
     "intervals"; ``out`` gets them as metrics.json and every prediction as predictions.csv.
 
-    protocol, views, options: of ``source``, as ``make_shards`` has them. split: None is valid, or test where there is
-    no valid.
+    protocol, views, options, salt_file: of ``source``, as ``make_shards`` has them. split: None is valid, or test where
+    there is no valid.
 
     Raises:
         ValueError: a model without model.json, data whose labels are not the model's, unreadable images.
@@ -68,7 +69,7 @@ def evaluate(
         raise ValueError(f"--out {out} is a file: give a folder")
     path, state, card = open_model(Path(model))
     policy = LabelPolicy(**card["policy"]) if card.get("policy") else LabelPolicy()
-    given: dict[str, Any] = {"protocol": protocol, "views": views, "options": options}
+    given: dict[str, Any] = {"protocol": protocol, "views": views, "options": options, "salt_file": salt_file}
     target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy, given=given)
     strategy = asked(cuda=torch.cuda.is_available())
     said = list(target.notes)
@@ -142,12 +143,15 @@ def open_labelled(
     policy: LabelPolicy,
     given: Mapping[str, Any],
 ) -> Target:
-    """The data that one of the arguments names; ValueError unless exactly one does. given: protocol, views and options
-    of a source."""
+    """The data that one of the arguments names; ValueError unless exactly one does. given: protocol, views, options
+    and salt_file of a source."""
     if sum(value is not None for value in (images, shards, source)) != 1:
         raise ValueError("give the data by exactly one of --images DIR, --shards DIR, or --source NAME --root DIR")
-    if source is None and (given["protocol"] != "corrected" or given["views"] is not None or given["options"]):
-        raise ValueError("--protocol, --views and --option are for --source: leave them out with --images and --shards")
+    others = (given["views"], given["options"], given["salt_file"])
+    if source is None and (given["protocol"] != "corrected" or any(others)):
+        raise ValueError(
+            "--protocol, --views, --option and --salt-file are for --source: leave them out with --images and --shards"
+        )
     if images is not None:
         folder = ImageFolder(images)
         return make_target(from_records(folder, keys.PUBLIC_SALT), Path(images).resolve().name, policy)
@@ -199,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="another option of --source"
     )
+    parser.add_argument(
+        "--salt-file", type=Path, metavar="F", help="secret that keys of --source are made with (default: yours)"
+    )
     parser.add_argument("--split", help="train, valid or test (default: valid, or test where there is no valid)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for predictions.csv and metrics.json")
     parser.add_argument("--batch", type=int, default=32, help="images at once (default 32)")
@@ -218,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocol=options.protocol,
         views=options.views,
         options=named_values(options.option),
+        salt_file=options.salt_file,
         split=options.split,
         out=options.out,
         batch=options.batch,

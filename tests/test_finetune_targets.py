@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers_data import SALT, make_chexpert, make_image_folder
 from helpers_transfer import losses, make_pretrained
@@ -380,6 +381,11 @@ def test_evaluate_opens_the_same_targets(official, configured, tmp_path, capsys)
     assert "note: flowers has no split valid: scores are on its split test" in said and "swaps" in said
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["samples"] == result["valid_samples"] == 204
+    other = tmp_path / "salt"
+    other.write_text("another secret of many bytes")
+    evaluate([*words, "--protocol", "paper", "--salt-file", str(other), "--out", str(tmp_path / "salted")])
+    tables = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("out", "salted")]
+    assert not set(tables[0]["key"]) & set(tables[1]["key"]) and len(tables[1]) == 204
     evaluate([*words, "--out", str(tmp_path / "corrected")])
     assert "on the split valid" in capsys.readouterr().out
     assert json.loads((tmp_path / "corrected" / "metrics.json").read_text())["samples"] == 102
@@ -388,7 +394,7 @@ def test_evaluate_opens_the_same_targets(official, configured, tmp_path, capsys)
     with pytest.raises(ValueError, match="--option is 'x'; give NAME=VALUE"):
         evaluate([*words, "--option", "x"])
     images = make_image_folder(tmp_path / "animals")
-    with pytest.raises(ValueError, match="--protocol, --views and --option are for --source"):
+    with pytest.raises(ValueError, match="--option and --salt-file are for --source"):
         evaluate([str(run), "--images", str(images), "--option", "valid_share=0.1"])
 
 
