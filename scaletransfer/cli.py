@@ -32,6 +32,9 @@ COMMANDS = {
     ),
     "make-shards": Command("scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"),
     "shards": Command("scaletransfer.shards:shards_main", "verify a folder of shards, or say what is in it"),
+    "check-data": Command(
+        "scaletransfer.check_data:main", "look at shards before training: labels, patients, copies, pixels"
+    ),
     "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),
     "pretrain": Command("scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"),
     "finetune": Command(
