@@ -31,8 +31,9 @@ from scaletransfer.loader import EvalSampler, ShardDataset, batches, dead_worker
 from scaletransfer.losses import make_loss
 from scaletransfer.models import create_model
 from scaletransfer.models.weights import load_into, load_pretrained
+from scaletransfer.sources import named_values
 from scaletransfer.sources.image_folder import ImageFolder
-from scaletransfer.transfer.data import Target, default_split, make_target, named_values, open_official, shortened
+from scaletransfer.transfer.data import Target, default_split, make_target, open_official, shortened
 from scaletransfer.transfer.network import check_card
 from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions
 from scaletransfer.transforms import Normalizer, bit_transform, build_transform

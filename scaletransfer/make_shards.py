@@ -20,7 +20,7 @@ from scaletransfer.cli import CommandParser
 from scaletransfer.listing import LABEL_MODES, write_listing
 from scaletransfer.shard_plan import FirstRecords, check_images
 from scaletransfer.shards import BuildReport, Encoding, build, describe, plan_shards
-from scaletransfer.sources import SOURCES, open_source, source_class, source_options
+from scaletransfer.sources import SOURCES, named_values, open_source, source_class, source_options
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,15 +118,7 @@ def _print_report(out: Path, report: BuildReport) -> None:
 
 def _source_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Options for `open_source`: what the user gave and, of the general ones, what the source has."""
-    settings: dict[str, Any] = {}
-    for entry in options.option:
-        name, separator, value = entry.partition("=")
-        if not separator or not name:
-            raise ValueError(f"--option is {entry!r}; give NAME=VALUE, for example valid_share=0.1")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            settings[name] = value
+    settings = named_values(options.option)
     if options.views is not None:
         settings["views"] = options.views  # a source without views refuses the option by name
     if "protocol" in source_options(options.source):

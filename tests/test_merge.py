@@ -13,10 +13,10 @@ from scaletransfer.loader import Source, target_names
 
 MERGE = ("chexpert", "mimic", "nih", "padchest")
 # Written by hand from PROTOCOL: CheXpert's and MIMIC's own order, the seven of the larger merges, and all findings.
-THIRTEEN = (
-    "Atelectasis|Cardiomegaly|Consolidation|Edema|Enlarged Cardiomediastinum|Fracture|Lung Lesion|Lung Opacity|"
-    "Effusion|Pleural Other|Pneumonia|Pneumothorax|Support Devices"
-).split("|")
+THIRTEEN = [
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture"),
+    *("Lung Lesion", "Lung Opacity", "Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices"),
+]
 SEVEN = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Pneumonia", "Pneumothorax"]
 NIH_ONLY = ["Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening"]
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from scaletransfer.sources.base import DEFAULT_VIEWS, SPLITS, VIEWS, Record, Source, nearest, parse_views
 
 __all__ = ["DEFAULT_VIEWS", "SOURCES", "SPLITS", "VIEWS", "Record", "Source", "open_source", "parse_views"]
-__all__ += ["source_class", "source_options"]
+__all__ += ["named_values", "source_class", "source_options"]
 
 # name -> module and class, imported only when the source is opened.
 SOURCES: dict[str, tuple[str, str]] = {
@@ -62,6 +65,23 @@ def source_options(name: str) -> tuple[str, ...]:
     """Names of the options that `open_source(name, root, **options)` takes."""
     parameters = inspect.signature(source_class(name)).parameters.values()
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def named_values(entries: Sequence[str]) -> dict[str, Any]:
+    """Options as a command takes them: {name: value} of entries such as "valid_share=0.1"; a value is JSON, or text.
+
+    Raises ValueError for an entry of another form.
+    """
+    values: dict[str, Any] = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        if not separator or not name:
+            raise ValueError(f"--option is {entry!r}; give NAME=VALUE, for example valid_share=0.1")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 def open_source(name: str, root: str | os.PathLike[str], **options: object) -> Source:

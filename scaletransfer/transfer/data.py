@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,23 +169,6 @@ def open_official(
     kept = getattr(source, "views", ())  # of sources with views None stands for all
     held = {"protocol": protocol, "views": ["all"] if kept is None else sorted(kept), "options": dict(options or {})}
     return make_target(index, name, policy, notes, held)
-
-
-def named_values(entries: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of entries such as "valid_share=0.1"; a value is JSON, or else text.
-
-    Raises ValueError for an entry of another form.
-    """
-    values: dict[str, Any] = {}
-    for entry in entries:
-        name, separator, value = entry.partition("=")
-        if not separator or not name:
-            raise ValueError(f"--option is {entry!r}; give NAME=VALUE, for example valid_share=0.1")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return values
 
 
 def _policy(data: FinetuneDataConfig) -> labels.LabelPolicy:

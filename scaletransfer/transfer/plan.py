@@ -100,10 +100,10 @@ def make_plan(
             std=start.std,
         ),
     )
-    notes = target.notes
     if cfg.oversampling and (cfg.examples_per_class is not None or cfg.selection is not None):
         cfg = replace(cfg, oversampling=False)
-        notes = (*notes, "note: no oversampling, which is for full training sets: these classes are equally large")
+        note = "note: no oversampling, which is for full training sets: these classes are equally large"
+        target = replace(target, notes=(*target.notes, note))
     drawn = cfg.sampling
     if drawn == "auto":
         # by the configured micro-batch alone: one chosen for memory would change what is trained on
@@ -118,7 +118,10 @@ def make_plan(
         rule=rule,
         peak=peak,
         head=head,
-        says=(*_says(cfg, replace(target, notes=notes), start, selection, rule, targets, f"{peak:g}", why, head_said), *memory_said),
+        says=(
+            *_says(cfg, target, start, selection, rule, targets, f"{peak:g}", why, head_said),
+            *memory_said,
+        ),
     )
 
 
