@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 
 _RECONSTRUCT = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 _ARRAY, _DTYPE = "numpy ndarray", "numpy dtype"
-_GLOBALS = (*_RECONSTRUCT, _ARRAY, _DTYPE)
+_ENCODE = "_codecs encode"
+"""How Python 3 writes bytes in the protocols 0 to 2: as text in latin-1 and the call that makes bytes of it."""
+_NO_BYTES = ("__builtin__ bytes", "builtins bytes")
+"""The same for empty ones: a call without arguments."""
+_GLOBALS = (*_RECONSTRUCT, _ARRAY, _DTYPE, _ENCODE, *_NO_BYTES)
 _MOST_DIMENSIONS = 4
 
 
@@ -28,7 +32,7 @@ class UnsafePickle(ValueError):
 
 
 def load_plain(data: bytes) -> Any:
-    """The value in a pickle of protocol 2 to 4: dict, list, tuple, str (text of Python 2 as latin-1), bytes, int,
+    """The value in a pickle of protocol 0 to 4: dict, list, tuple, str (text of Python 2 as latin-1), bytes, int,
     float, bool, None, and read-only NDArray of uint8.
 
     Raises UnsafePickle, naming the global or the instruction, for anything else (other globals, arrays of other types,
@@ -164,7 +168,7 @@ class _Machine:
         self._stack.append(_tuple(values))
 
     def reduce(self) -> None:
-        """REDUCE, of the two calls that make an empty array and its type."""
+        """REDUCE, of the calls that make an empty array, its type, and bytes."""
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise UnsafePickle("it calls something that is no function of an array")
@@ -176,6 +180,12 @@ class _Machine:
             if arguments not in (("u1", 0, 1), ("|u1", 0, 1)):
                 raise UnsafePickle(f"it has an array of {_shown(arguments[:1])}, not of unsigned bytes")
             self._stack.append(_ByteType())
+        elif function.name == _ENCODE:
+            if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] not in ("latin1", "latin-1"):
+                raise UnsafePickle(f"it makes bytes from {_shown(arguments)}")
+            self._stack.append(arguments[0].encode("latin-1"))
+        elif function.name in _NO_BYTES and not arguments:
+            self._stack.append(b"")
         else:
             raise UnsafePickle(f"it calls {function.name.replace(' ', '.')}, which plain values don't need")
 

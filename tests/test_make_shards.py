@@ -122,6 +122,8 @@ def test_image_folder_and_its_options(tmp_path, salt, capsys):
     )
     assert "no option 'views'" in refused(capsys, [*argv, "--views", "PA"])
     assert "give NAME=VALUE" in refused(capsys, [*argv, "--option", "valid_share"])
+    for entry, own in (("protocol=paper", "--protocol paper"), ("views=PA", "--views PA")):
+        assert f"an option of its own: {own}" in refused(capsys, [*argv, "--option", entry])
 
 
 @pytest.mark.parametrize(

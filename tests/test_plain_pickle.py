@@ -45,6 +45,13 @@ def test_plain_values(value: object, protocol: int) -> None:
     assert load_plain(pickle.dumps(value, protocol)) == value
 
 
+@given(st.dictionaries(st.binary(max_size=9), st.binary(max_size=300), max_size=4))
+def test_bytes_in_the_old_protocols(value: object) -> None:
+    # Python 3 writes them as text and a call of _codecs.encode.
+    for protocol in (0, 1, 2):
+        assert load_plain(pickle.dumps(value, protocol)) == value
+
+
 @given(st.recursive(SIMPLE, lambda i: st.lists(i, max_size=4) | st.dictionaries(st.text(max_size=3), i, max_size=4)))
 def test_plain_values_of_the_old_protocols(value: object) -> None:
     for protocol in (1, 2):
@@ -53,7 +60,7 @@ def test_plain_values_of_the_old_protocols(value: object) -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (3,), (2, 3), (4, 2, 3), (0, 7)])
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("protocol", [3, 4])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
 def test_arrays_of_bytes(shape: tuple[int, ...], order: str, protocol: int) -> None:
     array = np.asarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8), order=order)
     found = load_plain(pickle.dumps({"data": array, "again": array}, protocol))
@@ -109,6 +116,10 @@ def hostile() -> dict[str, tuple[bytes, str]]:
         "a buffer": (b"\x80\x05\x97.", "instruction NEXT_BUFFER"),
         "a bytearray": (b"\x80\x05\x96" + bytes(8) + b".", "instruction BYTEARRAY8"),
         "a set": (b"\x80\x04\x8f.", "instruction EMPTY_SET"),
+        "another codec": (wrapped(b"c_codecs\nencode\nX\x01\x00\x00\x00aU\x04zlib\x86R"), "makes bytes from"),
+        "a codec of one": (wrapped(b"c_codecs\nencode\nX\x01\x00\x00\x00a\x85R"), "makes bytes from"),
+        "bytes of a size": (wrapped(b"c__builtin__\nbytes\nK\x05\x85R"), r"calls __builtin__\.bytes"),
+        "the codec as a value": (wrapped(b"c_codecs\nencode\n"), "a part of one"),
         "ndarray called": (wrapped(b"cnumpy\nndarray\nK\x02\x85\x85R"), r"calls numpy\.ndarray"),
         "a state for a dict": (wrapped(b"}}U\x01aK\x01sb"), "gives a state to a dict"),
         "a state for a list": (wrapped(b"]K\x01b"), "gives a state to a list"),

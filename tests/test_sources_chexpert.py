@@ -177,6 +177,12 @@ def test_a_byte_order_mark_and_empty_lines_do_no_harm(tmp_path: Path) -> None:
     assert len(list(open_source("chexpert", tmp_path))) == 1
 
 
+def test_a_view_that_there_is_not(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", row(1), row(2, view="PQ"))
+    with pytest.raises(ValueError, match=r"train\.csv, line 3, column 'AP/PA': there is no view 'PQ'"):
+        list(open_source("chexpert", tmp_path))
+
+
 def test_views_and_options(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", row(1), row(2, view="LL"), row(3, view="AP"))
     assert [r.view for r in open_source("chexpert", tmp_path)] == ["PA", "AP"]

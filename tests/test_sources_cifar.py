@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,19 @@ def test_records(tmp_path: Path) -> None:
         "the split train has 100 images; the official cifar10 has 50,000.",
         "the split test has 20 images; the official cifar10 has 10,000.",
     ]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_batches_that_python_3_wrote_with_bytes(tmp_path: Path, protocol: int) -> None:
+    """Keys and names as bytes, which is how Python 3 shows the official files (pickle.load(..., encoding="bytes"))."""
+    root = write_cifar10(tmp_path, archive=False)
+    before = open_source("cifar10", root)
+    expected, names = list(before), before.label_names
+    for file in (root / "cifar-10-batches-py").iterdir():
+        content = pickle.loads(file.read_bytes(), encoding="bytes")  # noqa: S301 - written by us just now
+        file.write_bytes(pickle.dumps(content, protocol))
+    after = open_source("cifar10", root)
+    assert (list(after), after.label_names) == (expected, names)
 
 
 def test_fine_and_coarse_labels(tmp_path: Path) -> None:

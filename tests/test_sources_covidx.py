@@ -63,6 +63,19 @@ def test_as_pandas_reads_it(official: Path) -> None:
         assert ours == expected
 
 
+def test_patients_with_blanks(tmp_path: Path) -> None:
+    """As the official lists have them for the source sirm."""
+    text = (
+        "COVID 386 COVID(386).png positive sirm\nCOVID 7 COVID-7.png positive sirm\n5 ARDSSevere.png negative cohen\n"
+    )
+    records = list(open_source("covidx", lists(tmp_path, text)))
+    assert [(r.patient, r.source_id) for r in records if r.split == "train"] == [
+        ("sirm/COVID 386", "train/COVID(386).png"),
+        ("sirm/COVID 7", "train/COVID-7.png"),
+        ("cohen/5", "train/ARDSSevere.png"),
+    ]
+
+
 def test_ids_are_unique_in_a_source_only(tmp_path: Path) -> None:
     records = list(open_source("covidx", lists(tmp_path, "9 a.png positive cohen\n9 b.png negative rsna\n")))
     assert [r.patient for r in records] == ["cohen/9", "rsna/9", "rsna/9"]

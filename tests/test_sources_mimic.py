@@ -105,6 +105,17 @@ def test_laterals_are_l_under_corrected_and_lost_under_paper(official: Path) -> 
     assert Counter(r.view for r in open_source("mimic", official, views="LL", protocol="paper")) == {"LL": counts["LL"]}
 
 
+def test_a_view_that_mimic_does_not_know_is_a_note(root: Path) -> None:
+    source = open_source("mimic", root, views="all")
+    before = list(source)
+    assert not source.notes
+    change(root, "metadata", 3, "ViewPosition", "LATERALE")
+    source = open_source("mimic", root, views="all")
+    assert [r.source_id for r in source] == [r.source_id for r in before]
+    (note,) = source.notes
+    assert "mimic-cxr-2.0.0-metadata.csv" in note and "'LATERALE'" in note and "did you mean 'LATERAL'" in note
+
+
 def test_against_torchxrayvision(official: Path) -> None:
     """Their data set is the published reading of the same tables; the order is that of the labels there."""
     theirs = pytest.importorskip("torchxrayvision").datasets.MIMIC_Dataset(

@@ -70,13 +70,15 @@ def source_options(name: str) -> tuple[str, ...]:
 def named_values(entries: Sequence[str]) -> dict[str, Any]:
     """Options as a command takes them: {name: value} of entries such as "valid_share=0.1"; a value is JSON, or text.
 
-    Raises ValueError for an entry of another form.
+    Raises ValueError for an entry of another form, and for protocol and views, which commands take by themselves.
     """
     values: dict[str, Any] = {}
     for entry in entries:
         name, separator, value = entry.partition("=")
         if not separator or not name:
             raise ValueError(f"--option is {entry!r}; give NAME=VALUE, for example valid_share=0.1")
+        if name in ("protocol", "views"):  # the command's own option would win, unseen
+            raise ValueError(f"--option is {entry!r}; that is an option of its own: --{name} {value}")
         try:
             values[name] = json.loads(value)
         except ValueError:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from scaletransfer.labels import CHEXPERT_COLUMNS, CHEXPERT_RAW, NOT_MENTIONED, SHOWN_NAMES
-from scaletransfer.sources.base import DEFAULT_VIEWS, Record, Source, parse_views
+from scaletransfer.sources.base import DEFAULT_VIEWS, VIEWS, Record, Source, nearest, parse_views
 from scaletransfer.sources.tables import Table, find_table
 
 FOLDERS = ("CheXpert-v1.0", "CheXpert-v1.0-small")
@@ -148,7 +148,13 @@ def _view(table: Path, line: int, side: str, view: str) -> str:
     if side == "Lateral":
         return "L"
     if side == "Frontal":
-        return view.strip()
+        position = view.strip()
+        if position and position not in VIEWS:
+            raise ValueError(
+                f"{table}, line {line}, column 'AP/PA': there is no view {position!r}{nearest(position, VIEWS)}; "
+                "mend the cell."
+            )
+        return position
     raise ValueError(
         f"{table}, line {line}, column 'Frontal/Lateral': {side!r} is neither Frontal nor Lateral; mend the cell."
     )

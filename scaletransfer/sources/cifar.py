@@ -34,6 +34,8 @@ class _CIFAR(Source):
         self._file, self._inner = self._find()
         names = self._batch(self.names_file).values.get(names_key)
         where = self._where(self.names_file)
+        if isinstance(names, list):  # pickles of Python 3 may hold them as bytes
+            names = [name.decode("latin-1") if isinstance(name, bytes) else name for name in names]
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"{where} has no list {names_key!r} of names; download {self.archive} again.")
         if len(names) != classes or len(set(names)) != classes:

@@ -16,8 +16,9 @@ FOLDER = "COVIDx-CXR2"
 LISTS = {"train": "train.txt", "test": "test.txt"}
 CLASSES = ("negative", "positive")
 
-# patient, file (which may hold blanks), label, source
-_LINE = re.compile(r"(\S+)\s+(\S(?:.*\S)?)\s+(\S+)\s+(\S+)")
+# patient, file, label, source. In the official lists hundreds of patients are called like "COVID 386" (their images
+# like COVID(386).png): the words before the file are the patient. A file may go on in brackets, "COVID (3).png".
+_LINE = re.compile(r"(\S(?:.*\S)?)\s+([^\s(]\S*(?:\s+\(\S*)*)\s+(\S+)\s+(\S+)")
 # A file name of one part that neither hides nor breaks a line of a listing.
 _NAME = re.compile(r"[^/.\\\x00-\x1f][^/\\\x00-\x1f]*")
 

@@ -22,6 +22,22 @@ SPLIT_NAMES = {"train": "train", "validate": "valid", "test": "test"}
 LATERALS = ("LATERAL", "LL")
 """What the table calls lateral images; `corrected` calls them L, as every other source does."""
 
+# What the table calls the others. Any other name is worth a note: its rows fall to the view filter.
+_OTHER_VIEWS = (
+    "AP AXIAL",
+    "AP LLD",
+    "AP RLD",
+    "PA LLD",
+    "PA RLD",
+    "LAO",
+    "RAO",
+    "LPO",
+    "RPO",
+    "SWIMMERS",
+    "XTABLE LATERAL",
+)
+_POSITIONS = ("", "PA", "AP", *LATERALS, *_OTHER_VIEWS)
+
 NO_SPLIT = "images that the split table lacks"
 NO_LABELS = "images of studies that the label table lacks"
 NO_METADATA = "images of the split table that the metadata table lacks"
@@ -90,7 +106,8 @@ class MIMIC(Source):
         self.label_table = self._table(labeler, ("subject_id", "study_id", *columns))
 
     def __iter__(self) -> Iterator[Record]:
-        self.left_out = Counter()
+        self.left_out, self.notes = Counter(), []
+        strange: dict[str, int] = {}  # unknown ViewPosition -> its first line
         splits, studies = self._read_splits(), self._read_labels()
         seen: dict[str, int] = {}  # dicom_id -> its line
         imaged: set[str] = set()  # studies that have an image, whatever its view
@@ -116,6 +133,8 @@ class MIMIC(Source):
                     )
                 imaged.add(study)
             view = self._view(position)
+            if position.strip() not in _POSITIONS:
+                strange.setdefault(position.strip(), line)
             if self.views is not None and view not in self.views:
                 continue
             if entry is None or labelled is None:
@@ -130,6 +149,11 @@ class MIMIC(Source):
                 labels=labelled.labels,
                 view=view,
             )
+        self.notes += [
+            f"{self.metadata.path}, line {line} and perhaps others have the ViewPosition {name!r}, which MIMIC does "
+            f"not know{nearest(name, _POSITIONS)}."
+            for name, line in strange.items()
+        ]
         for reason, rows in (
             (NO_METADATA, sum(image not in seen for image in splits)),
             (NO_IMAGE, len(studies) - len(imaged)),
