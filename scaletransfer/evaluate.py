@@ -46,7 +46,7 @@ def evaluate(
     shards: str | Path | None = None,
     source: str | None = None,
     root: str | Path | None = None,
-    protocol: str = "corrected",
+    protocol: str | None = None,
     views: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     salt_file: str | Path | None = None,
@@ -60,8 +60,9 @@ def evaluate(
     """Metrics of a model on one split, as ``metrics.multilabel_report`` or ``multiclass_report``, with "loss" and
     "intervals"; ``out`` gets them as metrics.json and every prediction as predictions.csv.
 
-    protocol, views, options, salt_file: of ``source``, as ``make_shards`` has them. split: None is valid, or test where
-    there is no valid.
+    protocol, views, options, salt_file: of ``source``, as ``make_shards`` has them; None takes those that the model was
+    fine-tuned with, if that was on the same source, since another split may hold what it was trained on. split: None is
+    valid, or test where there is no valid.
 
     Raises:
         ValueError: a model without model.json, data whose labels are not the model's, unreadable images.
@@ -71,9 +72,10 @@ def evaluate(
     path, state, card = open_model(Path(model))
     policy = LabelPolicy(**card["policy"]) if card.get("policy") else LabelPolicy()
     given: dict[str, Any] = {"protocol": protocol, "views": views, "options": options, "salt_file": salt_file}
+    inherited = as_trained(card, source, given)
     target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy, given=given)
     strategy = asked(cuda=torch.cuda.is_available())
-    said = list(target.notes)
+    said = [*inherited, *target.notes]
     if split is None:
         split, note = default_split(target.index, source)
         said += [note] if note else []
@@ -149,7 +151,7 @@ def open_labelled(
     if sum(value is not None for value in (images, shards, source)) != 1:
         raise ValueError("give the data by exactly one of --images DIR, --shards DIR, or --source NAME --root DIR")
     others = (given["views"], given["options"], given["salt_file"])
-    if source is None and (given["protocol"] != "corrected" or any(others)):
+    if source is None and (given["protocol"] not in (None, "corrected") or any(others)):
         raise ValueError(
             "--protocol, --views, --option and --salt-file are for --source: leave them out with --images and --shards"
         )
@@ -161,7 +163,20 @@ def open_labelled(
     if root is None:
         raise ValueError("--source needs --root, the folder of that data set")
     assert source is not None
-    return open_official(source, root, policy, **given)
+    return open_official(source, root, policy, **{**given, "protocol": given["protocol"] or "corrected"})
+
+
+def as_trained(card: Mapping[str, Any], source: str | None, given: dict[str, Any]) -> list[str]:
+    """Fill what `given` leaves open (None or empty) with the settings of the model's own data, where that was the same
+    source; what was filled in, in words."""
+    data = card.get("provenance", {}).get("data", ())
+    own = next((entry for entry in data if entry["source"] == source and "protocol" in entry), None)
+    if own is None:
+        return []
+    taken = {key: own[key] for key in ("protocol", "views", "options") if own[key] and not given[key]}
+    given.update(taken)
+    shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
+    return [f"note: {shown}, as the model was trained"] if taken else []
 
 
 def check_labels(path: Path, card: dict[str, Any], target: Target, split: str) -> None:
@@ -199,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", type=Path, metavar="DIR", help="a folder made by make_shards")
     parser.add_argument("--source", metavar="NAME", help="a data set read from its own files in --root")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the folder of that data set")
-    parser.add_argument("--protocol", default="corrected", choices=["corrected", "paper"], help="splits of --source")
-    parser.add_argument("--views", help="views of --source, such as PA,AP, or all (default: the source's)")
+    parser.add_argument("--protocol", choices=["corrected", "paper"], help="splits of --source (default: the model's)")
+    parser.add_argument("--views", help="views of --source, such as PA,AP, or all (default: the model's)")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="another option of --source"
     )

@@ -36,6 +36,7 @@ from scaletransfer.records import (
     SourceLike,
     image_sizes,
     key_number,
+    place_in_table,
     probe_images,
     sample_keys_of,
 )
@@ -218,8 +219,9 @@ def from_records(source: SourceLike, salt: bytes, *, image: ImageInfo | None = N
     sizes = image_sizes(source.root, ordered)
     missing = [record for record, size in zip(ordered, sizes, strict=True) if size <= 0]
     if missing:
+        where = place_in_table(missing[0], ordered.index(missing[0]))
         raise ValueError(
-            f"{source.root / missing[0].image} (split {missing[0].split}) is missing or empty, and with it "
+            f"{source.root / missing[0].image} (split {missing[0].split}, {where}) is missing or empty, and with it "
             f"{len(missing)} of {len(ordered)} images; complete the data set or take these rows out"
         )
     codes = [sample_keys.patient_code(source.name, record.patient, salt) for record in ordered]

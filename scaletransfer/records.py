@@ -73,6 +73,8 @@ class RecordLike(Protocol):
     def view(self) -> str: ...
     @property
     def span(self) -> tuple[int, int] | None: ...
+    @property
+    def line(self) -> int: ...
 
 
 class SourceLike(Protocol):
@@ -124,6 +126,11 @@ def key_number(key: str) -> int:
 def image_sizes(root: Path, records: Sequence[RecordLike]) -> list[int]:
     """Bytes of every record's image, -1 where there is none.  ValueError if one leaves the root."""
     return [image_size(root, record.image, record.span) for record in records]
+
+
+def place_in_table(record: RecordLike, row: int) -> str:
+    """Where a record stands, for error sentences: its number, and its line in the official table if it has one."""
+    return f"row {row + 1}" + (f" (line {record.line} of its table)" if record.line else "")
 
 
 def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) -> ImageInfo:

@@ -120,6 +120,8 @@ def prepare(data: bytes, extension: str, encoding: Encoding) -> Prepared:
     picture = read_picture(data)
     declared = white_of(data, picture)
     mode, channels, depth = MODES[picture.mode]
+    if channels == 3 and _is_grey(picture):
+        channels = 1  # some radiographs are stored as RGB or RGBA
     short = min(picture.size)
     scaled = bool(encoding.size) and short > encoding.size
     target = ENCODERS[extension]
@@ -202,6 +204,18 @@ def _decode(data: bytes, header: bool) -> Image.Image:
         what = "truncated" if truncated else f"cannot be decoded ({type(error).__name__})"
         raise UnusableImage(f"the image is {what}" if truncated else f"the image {what}") from None
     return picture
+
+
+def _is_grey(picture: Image.Image) -> bool:
+    """Whether the channels of a picture in RGB or RGBA are equal everywhere."""
+    if picture.mode not in ("RGB", "RGBA"):
+        return False
+    pixels = np.asarray(picture)
+    for step in (16, 1):  # a colour picture shows it in a few pixels
+        red, green, blue = (pixels[::step, ::step, channel] for channel in range(3))
+        if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+            return False
+    return True
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:

@@ -18,7 +18,7 @@ from scaletransfer.dicom import require_pydicom
 from scaletransfer.image_files import read_image
 from scaletransfer.index import FORMAT_VERSION, split_order
 from scaletransfer.pixel_range import WHITE16, full_range
-from scaletransfer.records import RecordLike, SourceLike, image_sizes, sample_keys_of
+from scaletransfer.records import RecordLike, SourceLike, image_sizes, place_in_table, sample_keys_of
 from scaletransfer.sample_table import patient_numbers
 from scaletransfer.shard_image import KEPT_EXTENSIONS, Encoding, UnusableImage, largest_value, prepare
 
@@ -220,9 +220,9 @@ def check_images(source: SourceLike, records: Sequence[RecordLike], *, allow_mis
     if missing and not allow_missing:
         row = missing[0]
         raise ValueError(
-            f"{len(missing)} of {len(sizes)} images are missing; the first is row {row + 1} of {source.name} "
-            f"(split {records[row].split}): {Path(source.root) / records[row].image}; complete the data set, "
-            "or give --allow-missing to leave them out"
+            f"{len(missing)} of {len(sizes)} images are missing; the first is {place_in_table(records[row], row)} of "
+            f"{source.name} (split {records[row].split}): {Path(source.root) / records[row].image}; complete the "
+            "data set, or give --allow-missing to leave them out"
         )
     return sizes
 

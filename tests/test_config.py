@@ -246,6 +246,7 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(write, key, value, ex
         "data.std=0",
         "data.train=''",
         "data.train=[]",
+        "data.train=[a, a]",
         "data.train={}",
         "data.train={a: 1, b: null}",
         "data.train={a: 0}",

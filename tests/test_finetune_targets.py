@@ -386,7 +386,12 @@ def test_evaluate_opens_the_same_targets(official, configured, tmp_path, capsys)
     evaluate([*words, "--protocol", "paper", "--salt-file", str(other), "--out", str(tmp_path / "salted")])
     tables = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("out", "salted")]
     assert not set(tables[0]["key"]) & set(tables[1]["key"]) and len(tables[1]) == 204
-    evaluate([*words, "--out", str(tmp_path / "corrected")])
+    capsys.readouterr()
+    evaluate([*words, "--out", str(tmp_path / "again")])
+    assert 'note: protocol "paper", as the model was trained' in capsys.readouterr().out
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["accuracy"] == found["accuracy"] and again["samples"] == 204
+    evaluate([*words, "--protocol", "corrected", "--out", str(tmp_path / "corrected")])
     assert "on the split valid" in capsys.readouterr().out
     assert json.loads((tmp_path / "corrected" / "metrics.json").read_text())["samples"] == 102
     with pytest.raises(ValueError, match="has no option 'views'"):
@@ -418,8 +423,10 @@ def test_evaluate_takes_options_of_a_source(official, configured, tmp_path, caps
     with open(tmp_path / "out" / "predictions.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert rows and "image" not in rows[0]
+    evaluate(words)  # the options of the model's own training
+    assert 'note: protocol "paper", views [' in (said := capsys.readouterr().out) and "single_label" in said
     with pytest.raises(ValueError, match=r"is a multiclass model but .* is multilabel"):
-        evaluate(words)
+        evaluate([*words, "--option", "single_label=false"])
 
 
 def test_a_pretrained_model_takes_a_new_head_for_each_target(official, configured, tmp_path):

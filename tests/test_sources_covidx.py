@@ -161,7 +161,10 @@ def test_missing_files_and_options(official: Path, tmp_path: Path) -> None:
     root = write_covidx(tmp_path / "set", train=6, test=4)
     (root / "test" / "cohen-01000-0.png").unlink(missing_ok=True)
     (root / "train" / "COVID (3).png").unlink()
-    with pytest.raises(ValueError, match=r"train/COVID \(3\).png \(split train\) is missing or empty, and with it"):
+    with pytest.raises(
+        ValueError,
+        match=r"train/COVID \(3\).png \(split train, row \d+ \(line \d+ of its table\)\) is missing or empty",
+    ):
         from_records(open_source("covidx", root), SALT)
 
 

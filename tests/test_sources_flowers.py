@@ -192,7 +192,7 @@ def test_a_listed_file_that_is_absent_is_one_sentence(tmp_path: Path) -> None:
     root = write_flowers(tmp_path, folder=".", test=1)
     (root / "jpg/image_00007.jpg").unlink()
     with pytest.raises(
-        ValueError, match=r"jpg/image_00007.jpg \(split \w+\) is missing or empty, and with it 1 of 306"
+        ValueError, match=r"jpg/image_00007.jpg \(split \w+, row .*\) is missing or empty, and with it 1 of 306"
     ):
         from_records(open_source("flowers", root), keys.PUBLIC_SALT)
     with pytest.raises(ValueError, match=re.escape("image_00007.jpg")):

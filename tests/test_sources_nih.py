@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from official.nih import HEADER, write_nih
+from PIL import Image
 
 from scaletransfer import make_shards
 from scaletransfer.labels import vocabulary
 from scaletransfer.listing import write_listing
+from scaletransfer.shards import build, plan_shards
 from scaletransfer.sources import Record, open_source, source_options
 
 TABLE = "Data_Entry_2017_v2020.csv"
@@ -277,3 +279,18 @@ def test_locating_dicom_missing_images_and_tars(official: Path, tmp_path: Path) 
     (root / "images_003.tar.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(ValueError, match=r"1 images are missing and .*images_003\.tar\.gz .* extract it"):
         source.locate(records)
+
+
+def test_a_radiograph_stored_in_colour_is_grey(tmp_path):
+    """A few hundred official images are RGBA; they must not make the whole set one of colour."""
+    root = write_nih(tmp_path / "nih")
+    for path in sorted((root / "images").glob("*.png"))[:3]:
+        Image.open(path).convert("RGBA").save(path)
+    index = build(plan_shards(open_source("nih", root), b"a secret of many bytes"), tmp_path / "shards").index
+    assert index.image.channels == 1
+    path = sorted((root / "images").glob("*.png"))[0]
+    coloured = np.array(Image.open(path))
+    coloured[7, 5, 0] ^= 255
+    Image.fromarray(coloured).save(path)
+    plan = plan_shards(open_source("nih", root), b"a secret of many bytes")
+    assert build(plan, tmp_path / "colour").index.image.channels == 3

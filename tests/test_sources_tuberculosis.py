@@ -132,7 +132,7 @@ def test_missing_folders_and_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"CXR_png is missing; --root must be .* both sets, .* \(China has none of"):
         open_source("tuberculosis", tmp_path)
     root = write_tuberculosis(tmp_path / "tb", side=0)
-    with pytest.raises(ValueError, match=r"\(split \w+\) is missing or empty, and with it 34 of 34 images"):
+    with pytest.raises(ValueError, match=r"\(split \w+, row .*\) is missing or empty, and with it 34 of 34 images"):
         from_records(open_source("tuberculosis", root), SALT)
     shutil.copytree(root / MONTGOMERY, root / "MontgomerySet/CXR_png")
     with pytest.raises(

@@ -132,6 +132,8 @@ class DataConfig:
             self.valid,
             "at least one folder, or null",
         )
+        names = [folder for folder, _ in self.folders]
+        check(len(set(names)) == len(names), given, self.train or self.sources, "a list that names no folder twice")
         weights = [weight for _, weight in self.folders]
         check(
             all(w is None for w in weights) or all(w is not None and 0 < w < float("inf") for w in weights),

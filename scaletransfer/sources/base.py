@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -39,6 +39,8 @@ class Record:
     """One of VIEWS, or what the table says there; "" where the source has none."""
     span: tuple[int, int] | None = None
     """(offset, bytes) of the image in the file that `image` begins with, where it is part of a plain tar."""
+    line: int = field(default=0, compare=False)
+    """The line of the official table or list that names it, for error sentences; 0 where there is none."""
 
 
 class Source(ABC):
@@ -70,7 +72,9 @@ class Source(ABC):
         self.root = Path(root).expanduser()
         self.skipped, self.left_out, self.notes = [], Counter(), []
         if not self.root.is_dir():
-            raise ValueError(f"The root of {self.name}, {self.root}, is not a folder; give the data set's by --root.")
+            raise ValueError(
+                f"The root of {self.name}, {self.root}, is not a folder; give the data set's by --root, or data.root."
+            )
 
     @abstractmethod
     def __iter__(self) -> Iterator[Record]:

@@ -107,6 +107,7 @@ class CheXpert(Source):
                     image=self._prefix + image,
                     labels=labels,
                     view=_view(table.path, line, side, view),
+                    line=line,
                 ),
             )
 

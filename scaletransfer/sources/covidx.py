@@ -28,6 +28,7 @@ class _Row(NamedTuple):
     file: str
     label: int
     patient: str
+    line: int
 
 
 class COVIDx(Source):
@@ -76,6 +77,7 @@ class COVIDx(Source):
                 image=f"{self._prefix}{row.split}/{row.file}",
                 labels=row.label,
                 view="",
+                line=row.line,
             )
         both = patients["train"] & patients["test"]
         if both:
@@ -103,6 +105,6 @@ class COVIDx(Source):
                     raise ValueError(f"{where}: {file!r} is no file name inside of {split}/; mend the line.")
                 if seen.setdefault(file, line) != line:
                     raise ValueError(f"{where}: {file} is already in line {seen[file]}; remove one of the two.")
-                yield _Row(split, file, CLASSES.index(label), f"{source}/{patient}")
+                yield _Row(split, file, CLASSES.index(label), f"{source}/{patient}", line)
             if not seen:
                 raise ValueError(f"{path} names no image; download it again.")

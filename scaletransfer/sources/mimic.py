@@ -148,6 +148,7 @@ class MIMIC(Source):
                 image=f"files/p{subject[:2]}/p{subject}/s{study}/{image}.jpg",
                 labels=labelled.labels,
                 view=view,
+                line=line,
             )
         self.notes += [
             f"{self.metadata.path}, line {line} and perhaps others have the ViewPosition {name!r}, which MIMIC does "

@@ -109,6 +109,7 @@ class NIH(Source):
                     image=f"{_FOLDER}/{image}",
                     labels=tokens,
                     view=view,
+                    line=line,
                 )
         self._check_end(seen, patients, kept)
 

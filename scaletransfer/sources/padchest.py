@@ -180,6 +180,7 @@ class PadChest(Source):
                     image=f"{folder}/{image}",
                     labels=said.tokens,
                     view=view,
+                    line=line,
                 )
             )
             labels.append(said)

@@ -34,13 +34,13 @@ class Pets(Source):
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(root)
         self._prefix = find_folder(self.root, (FOLDER,), ("annotations",))
-        self._entries: list[tuple[str, str, str]] = []  # split, name, class
+        self._entries: list[tuple[str, str, str, int]] = []  # split, name, class, line
         self._read()
         self.label_names = tuple(sorted({entry[2] for entry in self._entries}))
 
     def __iter__(self) -> Iterator[Record]:
         number = {name: label for label, name in enumerate(self.label_names)}
-        for split, name, of in self._entries:
+        for split, name, of, line in self._entries:
             yield Record(
                 source_id=name,
                 split=split,
@@ -48,6 +48,7 @@ class Pets(Source):
                 image=f"{self._prefix}images/{name}.jpg",
                 labels=number[of],
                 view="",
+                line=line,
             )
 
     def _read(self) -> None:
@@ -78,16 +79,11 @@ class Pets(Source):
                         "training images can't be learnt."
                     )
                 number, first = breeds.setdefault(breed, (match[2], seen[image]))
-                if number != match[2] or of_number.setdefault(match[2], breed) != breed:
-                    raise ValueError(
-                        f"{where}: {image} has the class number {match[2]}, but "
-                        + (
-                            f"{breed} has {number} in {first}"
-                            if number != match[2]
-                            else f"that is {of_number[number]}'s in {breeds[of_number[number]][1]}"
-                        )
-                        + "; correct the line."
+                if not self.notes and (number != match[2] or of_number.setdefault(match[2], breed) != breed):
+                    self.notes.append(
+                        f"{where}: the class number of {image} is {match[2]}, which does not go with {breed} in "
+                        f"{first}; classes are taken from file names, as published."
                     )
-                self._entries.append((split, image, breed))
+                self._entries.append((split, image, breed, line))
             if len(self._entries) == count:
                 raise ValueError(f"{path} names no image; download it again.")
