@@ -9,6 +9,7 @@ this.
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch.distributed as dist
@@ -41,5 +42,8 @@ def make_accelerator(strategy: Strategy) -> Accelerator:
 def end_group() -> None:
     """The end of a command that may run on several processes: wait for the other ranks, then leave the group."""
     if dist.is_initialized():
+        # Wrapped networks lie in reference cycles and hold the group: torn down with the interpreter its threads can
+        # abort a process that has done its work (https://github.com/pytorch/pytorch/issues/90549).
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()

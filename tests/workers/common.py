@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from scaletransfer.engine.rehearsal import end_group
+
 
 def forget_engine() -> None:
     """Forget accelerate's process-wide state, so that the next engine of this process starts afresh."""
@@ -25,6 +27,4 @@ def work(run: Callable[[dict[str, Any]], Any]) -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     found = run(spec)
     (Path(spec["folder"]) / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    end_group()
