@@ -166,11 +166,10 @@ class ShardDataset(Dataset[Batch]):
 
     def nothing_known(self, positions: np.ndarray) -> bool:
         """Whether every target at these positions is unknown, which the sample tables alone say."""
-        source, row = self.locate(positions)
         for first in range(0, len(positions), _LOOKED_UP):
-            part = slice(first, first + _LOOKED_UP)
-            for number in np.unique(source[part]):
-                values = self.sources[number].targets(row[part][source[part] == number])
+            source, row = self.locate(positions[first : first + _LOOKED_UP])
+            for number in np.unique(source):
+                values = self.sources[number].targets(row[source == number])
                 if values.dtype.kind != "f" or not np.isnan(values).all():
                     return False
         return True
