@@ -165,6 +165,17 @@ def load_index(folder: str | os.PathLike[str]) -> ShardIndex:
     names the file, if the folder has no index, the index is of another format or version or lacks a field, or
     a shard or table is absent or truncated.
     """
+    index = read_index(folder)
+    for split in index.splits.values():
+        for shard in split.shards:
+            check_size(index.folder / shard.file, shard.bytes)
+        if not (index.folder / split.table_file).is_file():
+            raise ValueError(f"{index.folder / split.table_file} is missing; make the folder again with make_shards")
+    return index
+
+
+def read_index(folder: str | os.PathLike[str]) -> ShardIndex:
+    """What index.json of a folder says, whatever became of the files that it names; ValueError as in `load_index`."""
     folder = Path(folder)
     path = folder / INDEX_NAME
     try:
@@ -180,13 +191,7 @@ def load_index(folder: str | os.PathLike[str]) -> ShardIndex:
     if content.get("format_version") != FORMAT_VERSION:
         version = content.get("format_version")
         raise ValueError(f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}")
-    index = _parse(content, folder, path, hashlib.sha256(raw).hexdigest())
-    for split in index.splits.values():
-        for shard in split.shards:
-            check_size(folder / shard.file, shard.bytes)
-        if not (folder / split.table_file).is_file():
-            raise ValueError(f"{folder / split.table_file} is missing; make the folder again with make_shards")
-    return index
+    return _parse(content, folder, path, hashlib.sha256(raw).hexdigest())
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:

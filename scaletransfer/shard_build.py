@@ -238,7 +238,8 @@ def _finish_split(
     samples = plan.samples[split]
     # a shard whose images are all in quarantine has no file: several readers fail on an empty tar
     markers = [done[task.file] for task in tasks if task.split == split]
-    quarantine = tuple({"key": key, "reason": why} for marker in markers for key, why in marker["quarantine"])
+    quarantine = tuple(dict(entry) for entry in plan.quarantine.get(split, ()))
+    quarantine += tuple({"key": key, "reason": why} for marker in markers for key, why in marker["quarantine"])
     markers = [marker for marker in markers if marker["samples"]]
     if not markers:
         raise ValueError(
@@ -248,18 +249,14 @@ def _finish_split(
     places = np.asarray(
         [(shard, *row) for shard, marker in enumerate(markers) for row in marker["rows"]], dtype=np.int64
     )
-    chosen = [samples[row] for row in places[:, 1]]
-    table = _table(plan, chosen)
-    table["shard"], table["offset"], table["size"] = places[:, 0], places[:, 2], places[:, 3]
-    buffer = io.BytesIO()
-    np.save(buffer, table, allow_pickle=False)
+    table, data = sample_table(plan, [samples[row] for row in places[:, 1]], places[:, (0, 2, 3)])
     name = f"samples-{split}.npy"
-    write_atomically(folder / name, buffer.getvalue())
+    write_atomically(folder / name, data)
     return SplitInfo(
         samples=len(table),
         patients=count_patients(table),
         table_file=name,
-        table_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        table_sha256=hashlib.sha256(data).hexdigest(),
         shards=tuple(
             ShardInfo(**{key: marker[key] for key in ("file", "samples", "bytes", "sha256")}) for marker in markers
         ),
@@ -268,7 +265,13 @@ def _finish_split(
     )
 
 
-def _table(plan: Plan, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
+def sample_table(
+    plan: Plan, samples: Sequence[Sample], places: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], bytes]:
+    """The sample table of `samples`, one row each, and the bytes of its file.
+
+    places: integers [n, 3], (position of the shard in the split's list, offset, size) of each image.
+    """
     table = np.zeros(len(samples), table_dtype(plan.task, len(plan.label_names)))
     views = {"": -1} | {view: number for number, view in enumerate(plan.views)}
     table["key"] = [key_number(sample.key) for sample in samples]
@@ -276,7 +279,10 @@ def _table(plan: Plan, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
     table["view"] = [views[sample.view] for sample in samples]
     labels = label_rows([sample.labels for sample in samples], plan.label_kind, plan.label_names)
     table["labels" if plan.task == "multilabel" else "label"] = labels
-    return table
+    table["shard"], table["offset"], table["size"] = places[:, 0], places[:, 1], places[:, 2]
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    return table, buffer.getvalue()
 
 
 def wids_description(source: str, split: str, info: SplitInfo) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class Plan:
     """split -> samples in the order of the shards."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows of the table that gave no sample, by reason."""
+    quarantine: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    """split -> entries of the index's quarantine that were found before: by the build that is resharded."""
     digest: str = field(default="")
 
     @property
@@ -128,23 +130,25 @@ def plan_shards(
     salt: bytes,
     *,
     seed: int = 0,
-    shard_size: int = 0,
+    shard_size: int | Mapping[str, int] = 0,
     encoding: Encoding | None = None,
     allow_missing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan the shards of an opened source.  Looks at names and sizes of image files and writes nothing.
 
-    salt: makes keys and patient codes.  seed: of the shuffle.  shard_size: samples a shard; 0 chooses about
-    100 MB a shard and at least 8 shards for a split of 64 samples or more.  allow_missing: records without
-    an image file are planned, and quarantined later.  options: options of the source that decide about
+    salt: makes keys and patient codes.  seed: of the shuffle.  shard_size: samples a shard, or {split: samples}; 0
+    chooses about 100 MB a shard and at least 8 shards for a split of 64 samples or more.  allow_missing: records
+    without an image file are planned, and quarantined later.  options: options of the source that decide about
     rows; they are recorded in the index.
 
     Raises ValueError if there are no records, two share a key, image files are missing, formats are mixed
     without `encoding.encode`, there is DICOM but no pydicom, or an option has no meaning.
     """
     encoding = replace(encoding or Encoding(), private=not source.public)
-    for name, value in (("--seed", seed), ("--shard-size", shard_size)):
+    given = dict(shard_size) if isinstance(shard_size, Mapping) else {}
+    same = 0 if isinstance(shard_size, Mapping) else shard_size
+    for name, value in (("--seed", seed), ("--shard-size", min([same, *given.values()]))):
         if value < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
     records = source.locate(list(source))
@@ -177,7 +181,8 @@ def plan_shards(
         if all(sample.missing for sample in by_split[split]):
             raise ValueError(f"{source.root}: not one image of the split {split!r} is there; check --root")
     chosen = {
-        split: shard_size or _shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
+        split: given.get(split, same)
+        or _shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
         for split in splits
     }
     recorded = {"seed": seed, "shard_size": chosen, **(options or {})}
@@ -197,8 +202,12 @@ def plan_shards(
         left_out=dict(source.left_out),
         samples={split: [by_split[split][i] for i in shuffled(len(by_split[split]), seed, split)] for split in splits},
     )
-    object.__setattr__(plan, "digest", _digest(plan))
-    return plan
+    return with_digest(plan)
+
+
+def with_digest(plan: Plan) -> Plan:
+    """The same plan with its hash."""
+    return replace(plan, digest=_digest(plan))
 
 
 def shuffled(samples: int, seed: int, split: str) -> list[int]:
