@@ -9,13 +9,13 @@ import multiprocessing
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from scaletransfer.files import json_bytes, sync_folder, write_atomically
 from scaletransfer.image_files import read_image
@@ -180,8 +180,15 @@ def write_all(
     return run_all(write_shard, tasks, workers, progress)
 
 
+class Counted(Protocol):
+    """Work of a worker process that is counted in samples."""
+
+    @property
+    def samples(self) -> Sized: ...
+
+
 def run_all(
-    work: Callable[..., dict[str, Any]], tasks: Sequence[ShardTask], workers: int, progress: Callable[[int], object]
+    work: Callable[..., dict[str, Any]], tasks: Sequence[Counted], workers: int, progress: Callable[[int], object]
 ) -> Generator[dict[str, Any], None, None]:
     """`work(task, progress)` of every task, by `workers` processes as in `write_all`; the results as they come.
 
@@ -195,7 +202,7 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     remaining = iter(tasks)
     with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=die_with_parent) as pool:
-        running: dict[Future[dict[str, Any]], ShardTask] = {}
+        running: dict[Future[dict[str, Any]], Counted] = {}
         try:
             while True:
                 # two shards a worker in flight: a plan of a million images isn't pickled all at once
