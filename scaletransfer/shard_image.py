@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import PIL
-from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from scaletransfer.dicom import DicomError, is_dicom, read_dicom
 from scaletransfer.image_metadata import without_metadata
-from scaletransfer.pixel_range import WHITE16, declared_white, full_range, rescaled
+from scaletransfer.pixel_range import WHITE16, declared_white, rescaled
+from scaletransfer.shard_pixels import encoded, is_grey, is_ordinary_jpeg, jpeg_pixels, libraries, upright
+from scaletransfer.shard_pixels import scaled as scaled_to
 
 # Pillow can also start Ghostscript for EPS and more; data sets of images need none of that.  MPO, the JPEG
 # of stereo cameras, opens as JPEG and then calls itself MPO.
@@ -41,11 +45,22 @@ class UnusableImage(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What the index of a folder of shards says of its images, which go into other shards."""
+
+    size: int
+    channels: int
+    bit_depth: int
+    pixel_max: int
+    encoder: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
     """What happens to an image's bytes."""
 
     size: int = 0
-    """Short side in pixels to scale down to (antialiased); 0 keeps the size.  Images are never enlarged."""
+    """Short side in pixels to scale down to (by area); 0 keeps the size.  Images are never enlarged."""
     encode: str = ""
     """Extension of the format to write, jpg or png; "" keeps the format of the file."""
     quality: int = 95
@@ -58,6 +73,14 @@ class Encoding:
     private: bool = False
     """Whether metadata (EXIF, comments, text) is taken out of images whose bytes are kept; re-encoded ones have
     none."""
+    stored: Stored | None = None
+    """Images come from shards.  Unless `size` or `encode` asks for others, their bytes are taken over and not decoded
+    again."""
+
+    @property
+    def taken_over(self) -> Stored | None:
+        """`stored` where images stay as they are in those shards."""
+        return self.stored if self.stored and not self.encode and self.size == self.stored.size else None
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -75,15 +98,11 @@ class Encoding:
 
     def describe(self, extension: str) -> dict[str, Any]:
         """The entry `encoder` of the index: whatever changes the bytes of images."""
+        if self.taken_over:
+            return dict(self.taken_over.encoder)
         if not self.size and not self.encode and not self.bit_depth:
             return {"name": "original"} | ({"metadata": "removed"} if self.private else {})
-        library = {"jpg": "libjpeg_turbo", "png": "zlib", "webp": "webp"}[extension]
-        entry: dict[str, Any] = {
-            "name": "pillow",
-            "version": PIL.__version__,
-            "library": f"{library} {features.version(library) or 'unknown'}",
-            "size": self.size,
-        }
+        entry: dict[str, Any] = libraries(extension, scales=bool(self.size)) | {"size": self.size}
         if self.bit_depth:
             entry |= {"bit_depth": self.bit_depth, "range": self.pixel_max}
         return entry | ({"quality": self.quality} if extension != "png" else {})
@@ -114,36 +133,65 @@ def prepare(data: bytes, extension: str, encoding: Encoding) -> Prepared:
     suspiciously large; ValueError if 16 bits should go into a JPEG, a value is larger than `encoding.pixel_max`, or
     DICOM cannot be read without pydicom.
     """
+    known = encoding.taken_over
+    if known:
+        return Prepared(data=data, channels=known.channels, bit_depth=known.bit_depth, pixel_max=known.pixel_max)
     dicom = is_dicom(data)
     if dicom and not encoding.encode:
         raise UnusableImage("it is a DICOM file, which --encode png would convert")
-    picture = read_picture(data)
-    declared = white_of(data, picture)
-    mode, channels, depth = MODES[picture.mode]
-    if channels == 3 and _is_grey(picture):
-        channels = 1  # some radiographs are stored as RGB or RGBA
-    short = min(picture.size)
-    scaled = bool(encoding.size) and short > encoding.size
+    picture = read_picture(data, header=True)
+    scaled = bool(encoding.size) and min(picture.size) > encoding.size
     target = ENCODERS[extension]
     is_target = picture.format == target or (target == "JPEG" and picture.format == "MPO")
+    depth = MODES[picture.mode][2]
     reduced = depth == 16 and (encoding.bit_depth == 8 or (extension == "jpg" and dicom))
-    if scaled or reduced or (encoding.bit_depth == 8 and _is_deep_png(data)) or (encoding.encode and not is_target):
-        if depth == 16 and extension == "jpg" and not reduced:
-            raise ValueError("an image has 16 bits a pixel and JPEG holds 8: give --encode png, or --bit-depth 8")
-        picture = _convert(picture, mode)
-        if reduced:
-            # before it is scaled: what scaling adds at edges may not count as brighter than white
-            picture, depth, declared = _eight_bits(picture, declared, encoding.pixel_max), 8, 0
-        if scaled:
-            width, height = (max(1, round(side * encoding.size / short)) for side in picture.size)
-            picture = _scaled(picture, (width, height), declared)
-        data = _encode(picture, target, encoding.quality, declared)
-    elif encoding.private:
+    changed = (
+        scaled or reduced or (encoding.bit_depth == 8 and _is_deep_png(data)) or bool(encoding.encode and not is_target)
+    )
+    if changed and depth == 16 and extension == "jpg" and not reduced:
+        _load(picture)  # a broken one is left out, whatever the options
+        raise ValueError("an image has 16 bits a pixel and JPEG holds 8: give --encode png, or --bit-depth 8")
+    original, declared = picture.size, 0
+    pixels = jpeg_pixels(data, picture, encoding.size if scaled else 0) if is_ordinary_jpeg(picture) else None
+    if pixels is None:
+        _load(picture)
+        declared = white_of(data, picture)
+        if not changed:
+            return _kept(data, picture, declared, encoding)
+        picture = upright(picture)
+        pixels, original = np.asarray(_convert(picture, MODES[picture.mode][0])), picture.size
+    if not changed:
+        return _kept(data, pixels, declared, encoding)
+    if reduced:
+        # before it is scaled: what becomes white is decided by the values of the file
+        pixels, depth, declared = _eight_bits(pixels, declared, encoding.pixel_max), 8, 0
+    if scaled:
+        pixels = scaled_to(pixels, original, encoding.size)
+    if pixels.ndim == 3 and is_grey(pixels):
+        pixels = pixels[..., 0]  # some radiographs are stored as RGB or RGBA
+    return Prepared(
+        data=encoded(pixels, extension, encoding.quality, declared),
+        channels=1 if pixels.ndim == 2 else 3,
+        bit_depth=depth,
+        pixel_max=declared or int(pixels.max(initial=0)),
+    )
+
+
+def _kept(data: bytes, seen: Image.Image | NDArray[np.uint8], declared: int, encoding: Encoding) -> Prepared:
+    """An image that decodes (to `seen`) and whose bytes stay, but for metadata."""
+    if encoding.private:
         try:
             data = without_metadata(data)
         except ValueError as reason:
             raise UnusableImage(f"its metadata can't be taken out: {reason}") from None
-    return Prepared(data=data, channels=channels, bit_depth=depth, pixel_max=declared or _maximum(picture, depth))
+    if isinstance(seen, np.ndarray):
+        channels, depth, largest = (1 if seen.ndim == 2 or is_grey(seen) else 3), 8, int(seen.max(initial=0))
+    else:
+        _, channels, depth = MODES[seen.mode]
+        if channels == 3 and seen.mode in ("RGB", "RGBA") and is_grey(np.asarray(seen)):
+            channels = 1
+        largest = declared or _maximum(seen, depth)
+    return Prepared(data=data, channels=channels, bit_depth=depth, pixel_max=largest)
 
 
 def read_picture(data: bytes, *, header: bool = False) -> Image.Image:
@@ -156,7 +204,9 @@ def read_picture(data: bytes, *, header: bool = False) -> Image.Image:
             return Image.fromarray(read_dicom(data))
     except DicomError as reason:
         raise UnusableImage(str(reason)) from None
-    picture = _decode(data, header)
+    picture = _open(data)
+    if not header:
+        _load(picture)
     if picture.mode not in MODES:
         raise UnusableImage(f"pixel format {picture.mode} is not supported")
     return picture
@@ -180,17 +230,30 @@ def white_of(data: bytes, picture: Image.Image) -> int:
     return WHITE16 if is_dicom(data) else declared_white(data, np.asarray(picture))
 
 
-def _decode(data: bytes, header: bool) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     if not data:
         raise UnusableImage("the file is empty")
+    with _reasons():
+        Image.init()  # once: `formats` may name plugins only after they are loaded
+        return Image.open(io.BytesIO(data), formats=READ_FORMATS)
+
+
+def _load(picture: Image.Image) -> None:
+    """Decode all of an opened file; nothing is done where that has happened."""
+    with _reasons():
+        picture.load()
+    if picture.mode not in MODES:
+        raise UnusableImage(f"pixel format {picture.mode} is not supported")
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever Pillow raises inside comes out as UnusableImage with a reason."""
     try:
         with warnings.catch_warnings():
             # Half of the limit gives a warning only, and such radiographs exist.
             warnings.simplefilter("ignore")
-            Image.init()  # once: `formats` may name plugins only after they are loaded
-            picture = Image.open(io.BytesIO(data), formats=READ_FORMATS)
-            if not header:
-                picture.load()
+            yield
     except UnidentifiedImageError:
         raise UnusableImage("the file is not an image of a known format") from None
     except Image.DecompressionBombError:
@@ -203,19 +266,6 @@ def _decode(data: bytes, header: bool) -> Image.Image:
         truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
         what = "truncated" if truncated else f"cannot be decoded ({type(error).__name__})"
         raise UnusableImage(f"the image is {what}" if truncated else f"the image {what}") from None
-    return picture
-
-
-def _is_grey(picture: Image.Image) -> bool:
-    """Whether the channels of a picture in RGB or RGBA are equal everywhere."""
-    if picture.mode not in ("RGB", "RGBA"):
-        return False
-    pixels = np.asarray(picture)
-    for step in (16, 1):  # a colour picture shows it in a few pixels
-        red, green, blue = (pixels[::step, ::step, channel] for channel in range(3))
-        if not (np.array_equal(red, green) and np.array_equal(red, blue)):
-            return False
-    return True
 
 
 def _convert(picture: Image.Image, mode: str) -> Image.Image:
@@ -231,8 +281,7 @@ def _is_deep_png(data: bytes) -> bool:
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"
 
 
-def _eight_bits(picture: Image.Image, declared: int, given: int) -> Image.Image:
-    values = np.asarray(picture)
+def _eight_bits(values: NDArray[Any], declared: int, given: int) -> NDArray[np.uint8]:
     white = declared or given
     assert white, "the range has to be measured first"
     if values.max(initial=0) > white:
@@ -240,29 +289,7 @@ def _eight_bits(picture: Image.Image, declared: int, given: int) -> Image.Image:
             f"it has the value {values.max(initial=0)}, larger than the {white} that is to become white: give a "
             "larger --pixel-max, or leave it out; if the file was changed while shards were made, start again"
         )
-    return Image.fromarray(rescaled(values, white, 255).astype(np.uint8))
-
-
-def _scaled(picture: Image.Image, size: tuple[int, int], declared: int) -> Image.Image:
-    """Antialiased; what a Lanczos filter adds beside edges stays within the range of 16-bit values, as 8 bits do."""
-    if picture.mode != "I;16":
-        return picture.resize(size, Image.Resampling.LANCZOS)
-    white = declared or full_range(_maximum(picture, 16))
-    values = np.minimum(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)), white)
-    return Image.fromarray(values.astype(np.uint16))
-
-
-def _encode(picture: Image.Image, target: str, quality: int, declared: int) -> bytes:
-    buffer = io.BytesIO()
-    # Text, EXIF and profiles of the original are left behind: they may name a patient.
-    options: dict[str, Any] = {"optimize": False} if target == "PNG" else {"quality": quality}
-    if target == "PNG" and 0 < declared < WHITE16:
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add(b"sBIT", bytes([declared.bit_length()]))
-    clean = Image.new(picture.mode, picture.size)
-    clean.paste(picture)
-    clean.save(buffer, target, **options)
-    return buffer.getvalue()
+    return rescaled(values, white, 255).astype(np.uint8)
 
 
 def _maximum(picture: Image.Image, depth: int) -> int:

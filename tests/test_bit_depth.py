@@ -257,7 +257,7 @@ def test_16_bit_colour_becomes_8_bit_colour(tmp_path):
 
 
 def test_scaling_leaves_12_bits_within_12_bits(tmp_path):
-    """A Lanczos filter swings past both sides of an edge."""
+    """As a mean does; a Lanczos filter swings past both sides of an edge."""
     root = tmp_path / "images"
     edge = np.zeros((64, 64), np.uint16)
     edge[:, 30:] = 4095

@@ -366,7 +366,7 @@ def test_mixed_formats_need_encode(tmp_path):
     with pytest.raises(ValueError, match=r"24 jpg and 1 png.*--encode jpg or --encode png"):
         make("image_folder", root, tmp_path / "out")
     index = make("image_folder", root, tmp_path / "out", encoding=Encoding(encode="jpg")).index
-    assert index.image.extension == "jpg" and index.encoder["name"] == "pillow" and index.encoder["quality"] == 95
+    assert index.image.extension == "jpg" and index.encoder["name"] == "opencv" and index.encoder["quality"] == 95
     originals = {keys.key("image_folder", r.source_id, SALT): r.image for r in open_source("image_folder", root)}
     for member, data in members(tmp_path / "out" / "train-000000.tar")[::2]:
         original = originals[member.name.removesuffix(".jpg")]
