@@ -18,13 +18,20 @@ def json_bytes(content: Any) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a crash."""
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a crash.
+
+    An error leaves the old file, and no other.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -37,7 +44,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def plain_name(name: str, path: Path) -> str:
+def plain_name(name: str, path: Path | str) -> str:
     """`name` if it is the name of a file in the same folder as `path`; else ValueError (`path` names it)."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"{path} names the file {name!r}, which is not a plain name inside the folder")
@@ -55,20 +62,25 @@ def inside(name: str, folder: Path) -> str:
 def check_size(path: Path, expected: int) -> None:
     """ValueError, with both sizes, if the shard `path` is absent or does not have `expected` bytes."""
     try:
-        actual = path.stat().st_size
+        actual: int | None = path.stat().st_size
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing; copy the folder again, or make it again with make_shards --overwrite"
-        ) from None
+        actual = None
+    check_bytes(path, actual, expected)
+
+
+def check_bytes(place: Path | str, actual: int | None, expected: int) -> None:
+    """The same for a shard at a path or URL whose size was found to be `actual`; None: it is absent."""
+    if actual is None:
+        raise ValueError(f"{place} is missing; copy the folder again, or make it again with make_shards --overwrite")
     if actual != expected:
         what = "truncated" if actual < expected else "not the file that the index describes"
         raise ValueError(
-            f"{path} is {what}: {actual} bytes where index.json says {expected}; "
+            f"{place} is {what}: {actual} bytes where index.json says {expected}; "
             "copy it again, or make the folder again with make_shards --overwrite"
         )
 
 
-def field_of(content: Any, key: str, kind: type, path: Path, where: str = "") -> Any:
+def field_of(content: Any, key: str, kind: type, path: Path | str, where: str = "") -> Any:
     """`content[key]` of the JSON file `path`, checked: there, of type `kind`, and not negative if an int.
 
     Raises ValueError that names the file and the field (`where` is the field's prefix, "splits.train.").
@@ -83,7 +95,7 @@ def field_of(content: Any, key: str, kind: type, path: Path, where: str = "") ->
     return value
 
 
-def strings_of(content: Mapping[str, Any], key: str, path: Path) -> list[str]:
+def strings_of(content: Mapping[str, Any], key: str, path: Path | str) -> list[str]:
     """The list of strings `content[key]` of the JSON file `path`; ValueError if it is anything else."""
     values = field_of(content, key, list, path)
     if not all(isinstance(value, str) for value in values):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from scaletransfer import keys as sample_keys
 from scaletransfer.files import (
+    check_bytes,
     check_size,
     field_of,
     inside,
@@ -49,6 +50,8 @@ from scaletransfer.sample_table import (
     table_dtype,
     table_problem,
 )
+from scaletransfer.shard_cache import fetch, folder_of, keep
+from scaletransfer.storage import RemoteSettings, is_url, join, local_path, read_bytes, shown, sizes
 
 FORMAT = "scaletransfer-shards"
 FORMAT_VERSION = 1
@@ -109,7 +112,10 @@ class ShardIndex:
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows of the source's table that gave no sample, by reason."""
     in_memory: bool = False
+    url: str = ""
+    """The remote folder; `folder` is then a local copy of index.json and the sample tables."""
     _tables: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+    _places: dict[tuple[str, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     def table(self, split: str) -> NDArray[Any]:
         """The sample table of `split`: a read-only structured array, one row a sample, in shard order.
@@ -134,8 +140,21 @@ class ShardIndex:
         return self._tables[split]
 
     def path(self, split: str, shard: int) -> Path:
-        """Path of file number `shard` of `split`; ValueError if its name leaves the folder."""
+        """Path of file number `shard` of `split`; ValueError if its name leaves the folder, or is behind a URL."""
+        if self.url:
+            raise ValueError(f"{shown(self.url)} is not on a disk: copy the folder of shards and name the copy")
         return self.folder / inside(self._split(split).shards[shard].file, self.folder)
+
+    def place(self, split: str, shard: int) -> str:
+        """The same as text, or the URL of the file where the folder has one: what `ShardReader.read` takes."""
+        found = self._places.get((split, shard))
+        if found is None:  # asked for with every image
+            if self.url:
+                found = join(self.url, inside(self._split(split).shards[shard].file, self.folder))
+            else:
+                found = str(self.path(split, shard))
+            self._places[split, shard] = found
+        return found
 
     def keys(self, split: str, rows: Iterable[int] | slice | NDArray[Any]) -> list[str]:
         """Sample keys `<source>-<16 hex digits>` of table rows, in the given order."""
@@ -144,13 +163,15 @@ class ShardIndex:
 
     def _split(self, split: str) -> SplitInfo:
         if split not in self.splits:
-            raise ValueError(f"{self.folder}: there is no split {split!r}; it has {', '.join(self.splits)}")
+            raise ValueError(
+                f"{shown(self.url) or self.folder}: there is no split {split!r}; it has {', '.join(self.splits)}"
+            )
         return self.splits[split]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if not self.in_memory:
-            state["_tables"] = {}  # a memory map would travel as a copy of the whole table
+            state["_places"], state["_tables"] = {}, {}  # a memory map would travel as a copy of the whole table
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,13 +179,21 @@ class ShardIndex:
             setattr(self, name, value)
 
 
-def load_index(folder: str | os.PathLike[str]) -> ShardIndex:
+def load_index(folder: str | os.PathLike[str], remote: RemoteSettings | None = None) -> ShardIndex:
     """Open a folder of shards: read index.json and check that every file it names is there in full.
+
+    A folder named by URL is one too: its index and sample tables are copied into the cache folder of `remote`, its
+    shards stay where they are (`file://` URLs name folders on a disk).
 
     Sizes are compared, hashes are not (`shards.verify` does that).  Raises ValueError, in one sentence that
     names the file, if the folder has no index, the index is of another format or version or lacks a field, or
     a shard or table is absent or truncated.
     """
+    if is_url(folder):
+        local = local_path(os.fspath(folder))
+        if local is None:
+            return _load_remote(os.fspath(folder).rstrip("/"), remote or RemoteSettings())
+        folder = local
     index = read_index(folder)
     for split in index.splits.values():
         for shard in split.shards:
@@ -182,6 +211,10 @@ def read_index(folder: str | os.PathLike[str]) -> ShardIndex:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist: unfinished or not a shard folder; run make_shards") from None
+    return _parsed(raw, folder, path)
+
+
+def _parsed(raw: bytes, folder: Path, path: Path | str) -> ShardIndex:
     try:
         content = json.loads(raw)
     except ValueError:
@@ -192,6 +225,28 @@ def read_index(folder: str | os.PathLike[str]) -> ShardIndex:
         version = content.get("format_version")
         raise ValueError(f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}")
     return _parse(content, folder, path, hashlib.sha256(raw).hexdigest())
+
+
+def _load_remote(url: str, remote: RemoteSettings) -> ShardIndex:
+    """`load_index` of a URL.  index.json is read anew each time; what it names is kept under its hash."""
+    path = join(shown(url), INDEX_NAME)
+    there = sizes(url, remote)
+    if INDEX_NAME not in there:
+        raise ValueError(f"{path} does not exist: unfinished or not a shard folder, or a wrong bucket; run make_shards")
+    raw = read_bytes(join(url, INDEX_NAME), remote)
+    digest = hashlib.sha256(raw).hexdigest()
+    folder = folder_of(remote) / "indexes" / hashlib.sha256(f"{url}\n{digest}".encode()).hexdigest()[:32]
+    index = _parsed(raw, folder, path)
+    for split in index.splits.values():
+        for shard in split.shards:
+            check_bytes(join(shown(url), shard.file), there.get(shard.file), shard.bytes)
+        table = join(url, split.table_file)
+        if split.table_file not in there:
+            raise ValueError(f"{shown(table)} is missing; make the folder again with make_shards")
+        fetch(table, folder / split.table_file, there[split.table_file], split.table_sha256, remote)
+    keep(raw, folder / INDEX_NAME)
+    index.url = url
+    return index
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
@@ -296,7 +351,7 @@ def split_to_json(split: SplitInfo) -> dict[str, Any]:
     return content
 
 
-def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) -> ShardIndex:
+def _parse(content: Mapping[str, Any], folder: Path, path: Path | str, digest: str) -> ShardIndex:
     task = field_of(content, "task", str, path)
     if task not in LABEL_KINDS.values():
         raise ValueError(
@@ -311,6 +366,8 @@ def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) ->
         raise ValueError(f"{path}: label_names is empty or names a label twice")
     raw_image = field_of(content, "image", dict, path)
     kinds = {"extension": str, "size": int, "channels": int, "bit_depth": int, "pixel_max": int}
+    if "deep_max" in raw_image:  # of tars that others made only
+        kinds["deep_max"] = int
     image = ImageInfo(**{name: field_of(raw_image, name, kinds[name], path, "image.") for name in kinds})
     if image.channels not in (1, 3) or image.bit_depth not in (8, 16):
         raise ValueError(f"{path}: image.channels must be 1 or 3 and image.bit_depth 8 or 16")
@@ -337,7 +394,7 @@ def _parse(content: Mapping[str, Any], folder: Path, path: Path, digest: str) ->
     )
 
 
-def _parse_split(splits: Mapping[str, Any], name: str, path: Path, names: Sequence[str]) -> SplitInfo:
+def _parse_split(splits: Mapping[str, Any], name: str, path: Path | str, names: Sequence[str]) -> SplitInfo:
     content, where = field_of(splits, name, dict, path, "splits."), f"splits.{name}."
     shards = []
     for raw in field_of(content, "shards", list, path, where):

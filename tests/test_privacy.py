@@ -18,7 +18,7 @@ from scaletransfer import make_shards
 from scaletransfer.finetune import main as finetune
 from scaletransfer.index import load_index
 from scaletransfer.keys import key, load_salt
-from scaletransfer.loader import ShardReader, read_image
+from scaletransfer.shard_reader import ShardReader, read_image
 from scaletransfer.sources import open_source, source_class
 
 PRIVATE = [name for name in NAMES if not source_class(name).public]

@@ -1,0 +1,193 @@
+"""Reads images out of shards by (shard, offset, size): files on a disk by pread, files behind URLs by one ranged
+request a sample or from a copy of the whole shard (`shard_cache`).
+
+Which of the two a URL gets is `RemoteSettings.mode`: `range`, `cache`, or `auto`: the cache if all splits that this
+reader was asked for so far fit in it together, else ranges (and what is in the cache anyway is read there).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+from scaletransfer import image_files, storage
+from scaletransfer.foreign_members import Naming, OtherMember, is_foreign, read_member
+from scaletransfer.image_files import INSIDE
+from scaletransfer.index import ShardIndex, ShardInfo
+from scaletransfer.shard_cache import ShardCache
+from scaletransfer.storage import ReadCounters, RemoteSettings
+
+_OPEN_FILES = 64
+_TAR_BLOCK = 512
+_CUT_SHARD = "it is truncated, make the shards again"
+_readers: weakref.WeakSet[ShardReader] = weakref.WeakSet()
+
+
+class _File:
+    """An open descriptor, the reads that use it now, and whether it is still kept for later ones."""
+
+    __slots__ = ("handle", "kept", "users")
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self.users, self.kept = handle, 0, True
+
+
+class ShardReader:
+    """Reads byte ranges of shard files; a few files stay open.
+
+    Threads may share it.  After a fork the child has its own files and counters from 0, and so has a copy made by
+    pickling.
+
+    Attributes:
+        counters: what was read since it was made.
+    """
+
+    def __init__(self, remote: RemoteSettings | None = None) -> None:
+        self.remote = remote or storage.DEFAULT
+        self._start()
+
+    def _start(self) -> None:
+        self.counters = ReadCounters()
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._cache = ShardCache(self.remote, self.counters)
+        self._shards: dict[str, ShardInfo] = {}
+        self._splits: dict[tuple[str, str], int] = {}  # (index digest, split) -> bytes
+        _readers.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"remote": self.remote}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.remote = state["remote"]
+        self._start()
+
+    def expect(self, index: ShardIndex, split: str) -> None:
+        """Say which shards will be read by URL, so that whole ones can be kept and checked; `read_image` does."""
+        shards = index.splits[split].shards
+        with self._lock:
+            self._splits[index.digest, split] = sum(shard.bytes for shard in shards)
+            self._shards.update({index.place(split, number): shard for number, shard in enumerate(shards)})
+
+    def read(self, place: str, offset: int, size: int, why: str = _CUT_SHARD) -> bytes:
+        """Exactly `size` bytes at `offset` of `place`, a path or a URL.
+
+        Raises:
+            ValueError: the file is shorter (`why` ends the sentence), or what `storage` and `shard_cache` raise.
+            FileNotFoundError: a file on a disk is gone.
+        """
+        with self._lock:
+            file = self._files.get(place)
+            if file is not None:
+                self._files.move_to_end(place)
+                file.users += 1
+        if file is None:
+            file = self._open(place)
+        data = b""
+        if file is None:
+            data = storage.read_range(place, offset, size, self.remote, self.counters)
+            with self._lock:
+                self.counters.bytes_read += len(data)
+        else:
+            try:
+                data = os.pread(file.handle, size, offset)
+            finally:
+                with self._lock:
+                    self.counters.bytes_read += len(data)
+                    file.users -= 1
+                    if not file.users and not file.kept:
+                        os.close(file.handle)
+        if len(data) != size:
+            where = storage.shown(place)
+            raise ValueError(f"{where} ends inside an image (offset {offset}, {len(data)} of {size} bytes): {why}")
+        return data
+
+    def _open(self, place: str) -> _File | None:
+        """The file, in use once by the caller; None for a URL that is to be read by ranges."""
+        handle = self._open_remote(place) if storage.is_url(place) else os.open(place, os.O_RDONLY)
+        if handle is None:
+            return None
+        with self._lock:
+            file = self._files.get(place)
+            if file is None:
+                file = self._files[place] = _File(handle)
+            else:  # another thread was quicker
+                os.close(handle)
+            file.users += 1
+            while len(self._files) > _OPEN_FILES:
+                old = self._files.popitem(last=False)[1]
+                old.kept = False
+                if not old.users:
+                    os.close(old.handle)
+        return file
+
+    def _open_remote(self, url: str) -> int | None:
+        local = storage.local_path(url)
+        if local is not None:
+            return os.open(local, os.O_RDONLY)
+        shard, mode = self._shards.get(url), self.remote.mode
+        if shard is None or mode == "range":
+            return None
+        whole = mode == "cache" or sum(self._splits.values()) <= self.remote.cache_bytes
+        return self._cache.open(url, shard.bytes, shard.sha256, download=whole)
+
+    def _after_fork(self) -> None:
+        # No other thread lives here, whatever it held in the parent. The descriptors are this process's own copies.
+        for file in self._files.values():
+            os.close(file.handle)
+        self._start()
+
+
+def _after_fork() -> None:
+    for reader in list(_readers):
+        reader._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> bytes:
+    """The bytes of the image file of one table row.
+
+    Raises:
+        ValueError: the file is shorter than the index says, or a shard holds something else there; what `storage`
+            and `shard_cache` raise for a URL.
+        FileNotFoundError: the file is gone.
+    """
+    entry = index.table(split)[row]
+    shard, offset, size = int(entry["shard"]), int(entry["offset"]), int(entry["size"])
+    place = index.place(split, shard)
+    if index.in_memory:
+        if INSIDE in (name := index.splits[split].shards[shard].file):
+            return image_files.read_image(index.folder, name)
+        return reader.read(place, offset, size, "it was changed after it was listed")
+    if index.url and (index.digest, split) not in reader._splits:
+        reader.expect(index, split)
+    if is_foreign(index.encoder):
+        naming, file = Naming.of(index.encoder), index.splits[split].shards[shard].file
+        try:
+            return read_member(partial(reader.read, place), naming, file, int(entry["key"]), offset, size)
+        except OtherMember as error:
+            raise ValueError(f"{storage.shown(place)}: {error}") from None
+    # The tar header before the image names the sample: another data set's shard may well have the same size.
+    data = reader.read(place, offset - _TAR_BLOCK, size + _TAR_BLOCK)
+    wanted = f"{index.source}-{int(entry['key']):016x}.{index.image.extension}"
+    if data[:100].split(b"\0", 1)[0] != wanted.encode():
+        raise ValueError(
+            f"{storage.shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
+            "or was changed; make the folder again with make_shards --overwrite"
+        )
+    return data[_TAR_BLOCK:]
+
+
+def image_place(index: ShardIndex, split: str, row: int) -> str:
+    """Where the image of a table row lies, for error sentences: its file, or its key, shard and offset."""
+    entry = index.table(split)[row]
+    place = storage.shown(index.place(split, int(entry["shard"])))
+    if index.in_memory:
+        return place
+    return f"image {index.keys(split, [row])[0]} in {place} at offset {int(entry['offset'])}"

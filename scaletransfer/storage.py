@@ -1,0 +1,418 @@
+"""Files behind URLs (`s3://bucket/folder`, `https://...`, `file:///...`): what fsspec reaches, with retries.
+
+A request that fails because of the network or a busy server is tried again after 0.5, 1, 2, ... seconds; a missing
+object or a refused permission is not.  What remains is one sentence that names the URL.  Credentials and servers come
+from where the storage's own library takes them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `~/.aws`, ...; fsspec's
+`FSSPEC_S3_ANON=true` reads public buckets without credentials).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
+_LONGEST_PAUSE = 30.0
+_CONNECT = 10.0  # seconds that a connection may take
+_SILENCE = 20.0  # seconds without a byte after which a server counts as dead
+_CHUNK = 8 * 1024 * 1024  # bytes of a download that one request asks for
+_SLOW = 128 * 1024  # bytes a second; an upload may take as long as this needs
+_CONNECTIONS = 64
+# They hold other URLs or commands inside, or write where nobody asked; shards need none of them.
+_REFUSED = {"abfss+cached", "async_wrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "jlab"}
+_REFUSED |= {"jupyter", "libarchive", "pipe", "reference", "simplecache", "tar", "zip"}
+_EXTRAS = {"s3": 'pip install "scaletransfer[s3]"', "s3a": 'pip install "scaletransfer[s3]"'}
+_PERMANENT = {errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSYS}
+_PERMANENT |= {errno.ENOTDIR, errno.EPERM, errno.EREMCHG, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+# Class names, so that the libraries need not be there: of botocore, aiohttp and fsspec.
+_TRANSIENT = {"ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError"}
+_TRANSIENT |= {"ClientConnectionError", "ClientPayloadError", "TimeoutError", "FSTimeoutError"}
+_LIBRARIES = {
+    "adlfs",
+    "aiobotocore",
+    "aiohttp",
+    "azure",
+    "botocore",
+    "fsspec",
+    "gcsfs",
+    "google",
+    "requests",
+    "urllib3",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteSettings:
+    """How shards behind URLs are read; `data.remote` of the configuration."""
+
+    mode: str = "auto"
+    """auto, cache or range: see `shard_cache`."""
+    cache_dir: str | None = None
+    """Folder for whole shards and for indexes; None is ~/.cache/scaletransfer. Should be on a disk of the node."""
+    cache_bytes: int = 50_000_000_000
+    """Limit for the shards in the folder, all processes together."""
+    attempts: int = 5
+    """How often a request is tried."""
+    timeout: float = 60.0
+    """Seconds in which a request must be finished; connecting, and silence of the server, are given less."""
+
+
+@dataclass
+class ReadCounters:
+    """What a reader did since it was made, in this process."""
+
+    bytes_read: int = 0
+    """Bytes handed to the caller."""
+    remote_bytes: int = 0
+    """Bytes that came from a server, whole shards included."""
+    cache_hits: int = 0
+    """Remote shards opened that were in the cache."""
+    cache_misses: int = 0
+    """Remote shards opened that had to be downloaded."""
+    retries: int = 0
+    """Requests that were repeated."""
+
+
+class DiskFull(ValueError):
+    """There is no room for a download."""
+
+
+DEFAULT = RemoteSettings()
+_filesystems: dict[Any, Any] = {}
+_abandoned: list[Any] = []
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    # The connections and the event loop belong to the parent. Collecting the objects would close them: keep them.
+    global _lock  # noqa: PLW0603 - a lock that a thread of the parent held would stay held
+    _lock = threading.Lock()
+    _abandoned.extend(_filesystems.values())
+    _filesystems.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Whether this names something by URL; `file:///...` does."""
+    return "://" in os.fspath(text)
+
+
+def join(url: str, name: str) -> str:
+    """The URL of `name` in the folder `url`."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def local_path(url: str) -> str | None:
+    """The path that a `file://` or `local://` URL stands for; None for any other."""
+    if url.partition("://")[0] not in ("file", "local"):
+        return None
+    from fsspec.implementations.local import LocalFileSystem
+
+    return str(LocalFileSystem._strip_protocol(url))
+
+
+def size(url: str, remote: RemoteSettings = DEFAULT, counters: ReadCounters | None = None) -> int:
+    """Bytes of the object.
+
+    Raises (as every function here): ValueError, in one sentence that names the URL, for an object that is missing,
+    for missing libraries or credentials, and for a server that does not answer `remote.attempts` times.
+    """
+
+    def call(fs: Any) -> int:
+        info = _finished(fs, "info", url, remote.timeout)
+        if info.get("type") == "directory" or info.get("size") is None:
+            raise FileNotFoundError(url)
+        return int(info["size"])
+
+    return _attempt(call, url, "be found", remote, counters)
+
+
+def exists(url: str, remote: RemoteSettings = DEFAULT) -> bool:
+    """Whether there is an object of this URL (a folder is none)."""
+
+    def call(fs: Any) -> bool:
+        try:
+            return bool(_finished(fs, "info", url, remote.timeout).get("type") != "directory")
+        except FileNotFoundError:
+            return False
+
+    return _attempt(call, url, "be looked for", remote, None)
+
+
+def sizes(url: str, remote: RemoteSettings = DEFAULT) -> dict[str, int]:
+    """Name -> bytes of the objects directly in the folder `url`, by one listing; empty if there is no such folder."""
+
+    def call(fs: Any) -> dict[str, int]:
+        try:
+            found = _finished(fs, "ls", url, remote.timeout, detail=True)
+        except FileNotFoundError:
+            return {}
+        files = [entry for entry in found if entry.get("type") == "file" and entry.get("size") is not None]
+        return {str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"]) for entry in files}
+
+    return _attempt(call, url, "be listed", remote, None)
+
+
+def list_names(url: str, remote: RemoteSettings = DEFAULT) -> list[str]:
+    """Names of the objects directly in the folder `url`, sorted; empty if there is no such folder."""
+    return sorted(sizes(url, remote))
+
+
+def read_bytes(url: str, remote: RemoteSettings = DEFAULT, counters: ReadCounters | None = None) -> bytes:
+    """The whole object; for small ones (an index, say)."""
+    data = _attempt(lambda fs: _finished(fs, "cat_file", url, remote.timeout), url, "be read", remote, counters)
+    count(counters, remote_bytes=len(data))
+    return data
+
+
+def read_range(
+    url: str, offset: int, size: int, remote: RemoteSettings = DEFAULT, counters: ReadCounters | None = None
+) -> bytes:
+    """`size` bytes from `offset` on by one request; fewer where the object ends before."""
+
+    def call(fs: Any) -> bytes:
+        return _finished(fs, "cat_file", url, remote.timeout, start=offset, end=offset + size)
+
+    data = _attempt(call, url, "be read", remote, counters)
+    if len(data) > size:
+        raise ValueError(f"{shown(url)}: the server ignores ranges of bytes; copy the folder to a disk and name that")
+    count(counters, remote_bytes=len(data))
+    return data
+
+
+def download(
+    url: str,
+    path: str | os.PathLike[str],
+    remote: RemoteSettings = DEFAULT,
+    counters: ReadCounters | None = None,
+    *,
+    bytes: int | None = None,
+    seen: Callable[[bytes], None] | None = None,
+) -> None:
+    """Copy the object into the file `path` (made, or overwritten in place: give a temporary name and rename it).
+
+    One request for 8 MiB, so that a lost connection costs little.  `bytes`: its size, where that is known; `seen` is
+    given each piece in order (a hash's `update`).  Raises `DiskFull` (a ValueError) where the disk is.
+    """
+    total = size(url, remote, counters) if bytes is None else bytes
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+            os.truncate(file.fileno(), total)
+            done = 0
+            while done < total:
+                piece = read_range(url, done, min(_CHUNK, total - done), remote, counters)
+                if not piece:
+                    raise ValueError(
+                        f"{shown(url)} ends after {done} bytes where {total} were expected: it was replaced or is "
+                        "truncated; copy the folder there again"
+                    )
+                for start in range(0, len(piece), _CHUNK):
+                    file.write(piece[start : start + _CHUNK])
+                if seen is not None:
+                    seen(piece)
+                done += len(piece)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFull if full else ValueError)(
+            f"{shown(url)} cannot be copied to {os.fspath(path)} ({error.strerror or error}): "
+            f"{'free some space there' if full else 'check that folder'}"
+        ) from error
+
+
+def upload(path: str | os.PathLike[str], url: str, remote: RemoteSettings = DEFAULT) -> None:
+    """Copy the file `path` to `url`; no reader sees half of it.  A file that is there is replaced."""
+    local = local_path(url)
+    if local is not None:
+        _copy(os.fspath(path), local)
+        return
+    limit = max(remote.timeout, os.path.getsize(path) / _SLOW)
+
+    def call(fs: Any) -> None:
+        _finished(fs, "put_file", url, limit, before=(os.fspath(path),))
+
+    _attempt(call, url, "be written", remote, None)
+
+
+def write_bytes(data: bytes, url: str, remote: RemoteSettings = DEFAULT) -> None:
+    """Make the object `url` of these bytes; no reader sees half of it.  One that is there is replaced."""
+    local = local_path(url)
+    if local is not None:
+        _write(data, local)
+        return
+    _attempt(lambda fs: _finished(fs, "pipe_file", url, remote.timeout, value=data), url, "be written", remote, None)
+
+
+def remove(url: str, remote: RemoteSettings = DEFAULT) -> None:
+    """Delete the object; it may be absent."""
+
+    def call(fs: Any) -> None:
+        with suppress(FileNotFoundError):
+            _finished(fs, "rm_file", url, remote.timeout)
+
+    _attempt(call, url, "be deleted", remote, None)
+
+
+def shown(url: str) -> str:
+    """The URL for sentences: without a password that stands in it."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+
+
+def _attempt(
+    call: Callable[[Any], Result], url: str, what: str, remote: RemoteSettings, counters: ReadCounters | None
+) -> Result:
+    fs = _filesystem(url, remote)
+    for attempt in range(1, remote.attempts + 1):
+        try:
+            return call(fs)
+        except Exception as error:
+            if not _ours(error):
+                raise
+            if attempt == remote.attempts or not _transient(error):
+                raise ValueError(_sentence(error, url, what, attempt)) from error
+        count(counters, retries=1)
+        time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1)))
+    raise AssertionError("remote.attempts is less than 1")
+
+
+def _finished(fs: Any, name: str, url: str, timeout: float, *, before: tuple[Any, ...] = (), **options: Any) -> Any:
+    """Call a method of the file system; one that would take longer than `timeout` seconds is a TimeoutError."""
+    path = fs._strip_protocol(url)
+    if not getattr(fs, "async_impl", False):
+        return getattr(fs, name)(*before, path, **options)
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, getattr(fs, f"_{name}"), *before, path, timeout=timeout, **options)
+
+
+def _filesystem(url: str, remote: RemoteSettings) -> Any:
+    """The file system of a URL, one a process and kind of settings; threads share it."""
+    protocol = url.partition("://")[0].lower()
+    known = (protocol, remote.timeout)
+    with _lock:
+        if known not in _filesystems:
+            _filesystems[known] = _connect(url, protocol, remote.timeout)
+        return _filesystems[known]
+
+
+def _connect(url: str, protocol: str, timeout: float) -> Any:
+    import fsspec
+
+    if "::" in url or protocol in _REFUSED or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol):
+        raise ValueError(
+            f"{shown(url)} is not a plain URL of one file or folder; copy it where s3:// or https:// reach"
+        )
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    silence = min(timeout, _SILENCE)
+    if protocol in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "connect_timeout": min(timeout, _CONNECT),
+            "read_timeout": silence,
+            "max_pool_connections": _CONNECTIONS,
+            "retries": {"total_max_attempts": 1},  # ours count
+        }
+    if protocol in ("http", "https"):
+        options["client_kwargs"] = {"timeout": _http_timeout(timeout, silence)}
+    try:
+        fs = fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        mend = _EXTRAS.get(protocol, f"install it ({error})")
+        raise ValueError(f"{shown(url)} needs a library that is not installed: {mend}") from error
+    except ValueError as error:
+        raise ValueError(f"{shown(url)} cannot be opened ({error}): give a path, s3://, https:// or file://") from error
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1
+    return fs
+
+
+def _http_timeout(timeout: float, silence: float) -> Any:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, _CONNECT), sock_read=silence)
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _status(error: BaseException) -> int | None:
+    found = getattr(error, "status", None) or getattr(error, "code", None)
+    return found if isinstance(found, int) else None
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether this comes from a storage, and not from a mistake in a program."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library in _LIBRARIES or "FSTimeoutError" in _names(error)
+
+
+def _transient(error: BaseException) -> bool:
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    if _names(error) & _TRANSIENT:
+        return True
+    return isinstance(error, OSError) and error.errno not in _PERMANENT
+
+
+def _sentence(error: BaseException, url: str, what: str, attempts: int) -> str:
+    url = shown(url)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return f"{url} is missing: check the bucket and the folder in the URL, or copy the shards there again"
+    if isinstance(error, PermissionError) or _status(error) in (401, 403):
+        return f"{url} cannot {what}, the server refuses it ({reason}): check the credentials and their permissions"
+    if "Credentials" in type(error).__name__:
+        return (
+            f"{url} cannot {what} without credentials ({reason}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "FSSPEC_S3_ANON=true for a public bucket"
+        )
+    if isinstance(error, (TimeoutError,)) and reason in ("TimeoutError", "FSTimeoutError"):
+        reason = "no answer in time"
+    times = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+    return (
+        f"{url} cannot {what} after {times} ({reason}): check that the server runs and that its address "
+        "(AWS_ENDPOINT_URL for s3://) is right, then start the same command again"
+    )
+
+
+def count(counters: ReadCounters | None, **more: int) -> None:
+    """Add to counters by name; threads may."""
+    if counters is not None:
+        with _lock:
+            for name, value in more.items():
+                setattr(counters, name, getattr(counters, name) + value)
+
+
+def _copy(path: str, target: str) -> None:
+    import shutil
+
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{os.getpid()}.tmp"
+    shutil.copyfile(path, temporary)
+    _publish(temporary, target)
+
+
+def _write(data: bytes, target: str) -> None:
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+    _publish(temporary, target)
+
+
+def _publish(temporary: str, target: str) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
