@@ -30,7 +30,7 @@ from scaletransfer.duplicate_search import THUMB
 from scaletransfer.index import ShardIndex
 from scaletransfer.pixel_range import WHITE16
 from scaletransfer.shard_image import MODES, READ_FORMATS
-from scaletransfer.shard_writer import die_with_parent
+from scaletransfer.shard_pool import die_with_parent
 
 UNREAD, FINE, UNREADABLE = 0, 1, 2
 """Values of the field `state`."""

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import json
-import multiprocessing
 import os
 import tarfile
-import threading
-from collections.abc import Callable, Generator, Sequence, Sized
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 from scaletransfer.files import json_bytes, sync_folder, write_atomically
 from scaletransfer.image_files import read_image
 from scaletransfer.sample_table import TOKEN_SEPARATOR
 from scaletransfer.shard_image import Encoding, UnusableImage, prepare
 from scaletransfer.shard_plan import Plan, Sample
+from scaletransfer.shard_pool import run_all
 
 WORK_FOLDER = ".make_shards"
-"""In the output folder while it is being made: the plan's hash, a lock, a marker a finished shard."""
+"""In the output folder while it is being made: the plan's hash, a lock, a marker a finished shard, segments of those
+that several processes write."""
+SEGMENTS = 8
+"""Into which the last shards are divided where several processes write: the last one to end is late by an eighth."""
+MIN_SEGMENT = 4
+COPIED_AT_ONCE = 1 << 22
+"""Bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,12 @@ def label_member(sample: Sample, kind: str) -> tuple[str, bytes]:
     return "json", json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
+def member_bytes(name: str, data: bytes) -> bytes:
+    """A tar member as it lies in the file: header, content, zeros up to a whole block."""
+    header = member(name, len(data)).tobuf(tarfile.USTAR_FORMAT)
+    return b"".join((header, data, bytes(-len(data) % tarfile.BLOCKSIZE)))
+
+
 def member(name: str, size: int) -> tarfile.TarInfo:
     """Header of a tar member; nothing of machine or day goes in, so that equal samples give equal bytes."""
     info = tarfile.TarInfo(name)
@@ -97,53 +108,127 @@ def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None
     The marker: {file, samples, bytes, sha256, rows [[row of the plan, offset, size]], quarantine [[key,
     reason]], seen {"<channels>x<bits>": images}, pixel_max, range}.  If no image is usable, no tar is written and
     bytes is 0. `progress` is called with 1 after every sample.  Raises ValueError for an image that the
-    options can't store, OSError for a file that can't be read or written.
+    options can't store, OSError for a file that can't be read or written; what it had written then is gone.
     """
-    temporary = task.folder / f"{task.file}.tmp"
+    with _new_shard(task) as out:
+        return _finish(task, out, [_write_samples(task, out, progress)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Consecutive samples of a shard that several processes write; picklable."""
+
+    task: ShardTask
+    """With these samples alone."""
+    number: int
+    of: int
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        return self.task.samples
+
+    @property
+    def path(self) -> Path:
+        """What it is written to, until the shard is put together."""
+        return self.task.folder / WORK_FOLDER / f"{self.task.file}.{self.number:04d}.part"
+
+
+def divided(tasks: Sequence[ShardTask], workers: int) -> list[ShardTask | Segment]:
+    """The work of `workers` processes: shards, and the last of them in segments, so that all end together.
+
+    One shard a worker is divided: while the last whole one is written, the others have as much to do.  A segment has
+    at least MIN_SEGMENT samples.
+    """
+    whole = max(0, len(tasks) - workers) if workers > 1 else len(tasks)
+    work: list[ShardTask | Segment] = list(tasks[:whole])
+    for task in tasks[whole:]:
+        wanted = max(SEGMENTS, -(-SEGMENTS * workers // len(tasks)))
+        parts = max(1, min(wanted, len(task.samples) // MIN_SEGMENT))
+        if parts == 1:
+            work.append(task)
+            continue
+        bounds = [len(task.samples) * part // parts for part in range(parts + 1)]
+        for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+            part = replace(task, samples=task.samples[start:end], first_row=task.first_row + start)
+            work.append(Segment(task=part, number=number, of=parts))
+    return work
+
+
+def write_part(work: ShardTask | Segment, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
+    """Write a whole shard as `write_shard` does, or a segment: {part, of} and what `_write_samples` says.
+
+    A segment is neither hashed nor made durable: after a crash it is written again.
+    """
+    if isinstance(work, ShardTask):
+        return write_shard(work, progress)
+    with _removed_on_error(work.path), open(work.path, "wb") as raw:
+        content = _write_samples(work.task, _HashingFile(raw, hashed=False), progress)
+    return {"part": work.number, "of": work.of, **content}
+
+
+def join(task: ShardTask, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put the written segments of a shard together, in order: its marker, as `write_shard` gives it."""
+    with _new_shard(task) as out:
+        for part in parts:
+            path = Segment(task=task, number=part["part"], of=part["of"]).path
+            start = out.size
+            with open(path, "rb") as segment:
+                while block := segment.read(COPIED_AT_ONCE):
+                    out.write(block)
+            path.unlink()
+            part["rows"] = [[row, start + offset, size] for row, offset, size in part["rows"]]
+        return _finish(task, out, parts)
+
+
+def _write_samples(
+    task: ShardTask, out: _HashingFile, progress: Callable[[int], object] | None = None
+) -> dict[str, Any]:
+    """Append the members of the task's samples: {file, rows, quarantine, seen, pixel_max}, with offsets in `out`."""
     rows: list[list[int]] = []
     quarantine: list[list[str]] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     pixel_max = 0
-    with open(temporary, "wb") as raw:
-        hashing = _HashingFile(raw)
-        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for row, sample in enumerate(task.samples, task.first_row):
-                try:
-                    if sample.missing:
-                        raise UnusableImage("the file is missing")
-                    data = read_image(task.root, sample.image, sample.span)
-                    image = prepare(data, task.extension, task.encoding)
-                except UnusableImage as reason:
-                    quarantine.append([sample.key, str(reason)])
-                except ValueError as error:
-                    raise ValueError(f"{task.root / sample.image}: {error}") from None
-                else:
-                    tar.addfile(member(f"{sample.key}.{task.extension}", len(image.data)), io.BytesIO(image.data))
-                    padded = -(-len(image.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    rows.append([row, tar.offset - padded, len(image.data)])
-                    extension, label = label_member(sample, task.label_kind)
-                    tar.addfile(member(f"{sample.key}.{extension}", len(label)), io.BytesIO(label))
-                    kind = f"{image.channels}x{image.bit_depth}"
-                    seen[kind] = seen.get(kind, 0) + 1
-                    pixel_max = max(pixel_max, image.pixel_max)
-                if progress:
-                    progress(1)
-        raw.flush()
-        os.fsync(raw.fileno())
+    for row, sample in enumerate(task.samples, task.first_row):
+        try:
+            if sample.missing:
+                raise UnusableImage("the file is missing")
+            data = read_image(task.root, sample.image, sample.span)
+            image = prepare(data, task.extension, task.encoding)
+        except UnusableImage as reason:
+            quarantine.append([sample.key, str(reason)])
+        except ValueError as error:
+            raise ValueError(f"{task.root / sample.image}: {error}") from None
+        else:
+            extension, label = label_member(sample, task.label_kind)
+            rows.append([row, out.size + tarfile.BLOCKSIZE, len(image.data)])
+            out.write(member_bytes(f"{sample.key}.{task.extension}", image.data))
+            out.write(member_bytes(f"{sample.key}.{extension}", label))
+            seen[f"{image.channels}x{image.bit_depth}"] += 1
+            pixel_max = max(pixel_max, image.pixel_max)
+        if progress:
+            progress(1)
+    return {"file": task.file, "rows": rows, "quarantine": quarantine, "seen": dict(seen), "pixel_max": pixel_max}
+
+
+def _finish(task: ShardTask, out: _HashingFile, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """End the tar, make it durable and visible, then write its marker, whose content is returned."""
+    rows = [row for part in parts for row in part["rows"]]
     if rows:
-        os.replace(temporary, task.folder / task.file)
+        # two empty blocks, then zeros up to a whole record, as tar writes it
+        out.write(bytes(-(out.size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE))
+        out.publish(task.folder / task.file)
     else:
-        temporary.unlink()
+        out.remove()
     sync_folder(task.folder)
     content = {
         "file": task.file,
         "samples": len(rows),
-        "bytes": hashing.size if rows else 0,
-        "sha256": hashing.digest.hexdigest() if rows else "",
+        "bytes": out.size if rows else 0,
+        "sha256": out.digest.hexdigest() if rows else "",
         "rows": rows,
-        "quarantine": quarantine,
-        "seen": seen,
-        "pixel_max": pixel_max,
+        "quarantine": [entry for part in parts for entry in part["quarantine"]],
+        "seen": dict(sum((Counter(part["seen"]) for part in parts), Counter())),
+        "pixel_max": max(part["pixel_max"] for part in parts),
         "range": task.encoding.pixel_max,
     }
     write_atomically(task.marker, json_bytes(content))
@@ -177,78 +262,71 @@ def write_all(
 
     Raises what `write_shard` raises, and ChildProcessError if a worker was killed.
     """
-    return run_all(write_shard, tasks, workers, progress)
-
-
-class Counted(Protocol):
-    """Work of a worker process that is counted in samples."""
-
-    @property
-    def samples(self) -> Sized: ...
-
-
-def run_all(
-    work: Callable[..., dict[str, Any]], tasks: Sequence[Counted], workers: int, progress: Callable[[int], object]
-) -> Generator[dict[str, Any], None, None]:
-    """`work(task, progress)` of every task, by `workers` processes as in `write_all`; the results as they come.
-
-    work: a function of a module, which pickle can name; `progress` is left out in another process.
-    """
-    if workers <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            yield work(task, progress)
-        return
-    # spawn: the parent may hold threads (tqdm, libraries), and a forked copy of a locked lock never opens
-    context = multiprocessing.get_context("spawn")
-    remaining = iter(tasks)
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=die_with_parent) as pool:
-        running: dict[Future[dict[str, Any]], Counted] = {}
-        try:
-            while True:
-                # two shards a worker in flight: a plan of a million images isn't pickled all at once
-                while len(running) < 2 * workers and (following := next(remaining, None)) is not None:
-                    running[pool.submit(work, following)] = following
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    task = running.pop(future)
-                    content = future.result()
-                    progress(len(task.samples))
+    named = {task.file: task for task in tasks}
+    _remove_segments(named.values())  # of a run that was killed
+    written: dict[str, list[dict[str, Any]]] = {}
+    try:
+        with closing(run_all(write_part, divided(tasks, workers), workers, progress)) as results:
+            for content in results:
+                if "part" not in content:
                     yield content
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                "a worker process was killed (out of memory?); run the same command again, with fewer "
-                "--workers, to continue after the last finished shard"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+                    continue
+                parts = written.setdefault(content["file"], [])
+                parts.append(content)
+                if len(parts) == content["of"]:
+                    yield join(named[content["file"]], sorted(parts, key=itemgetter("part")))
+    finally:
+        _remove_segments(named.values())
 
 
-def die_with_parent() -> None:
-    """Let a worker end when its parent is killed: it would wait for work for ever, or still write shards."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _remove_segments(tasks: Iterable[ShardTask]) -> None:
+    files: dict[Path, set[str]] = {}
+    for task in tasks:
+        files.setdefault(task.folder / WORK_FOLDER, set()).add(task.file)
+    for work, names in files.items():
+        # of these shards alone: another process may write others of the folder
+        for path in work.glob("*.tar.*.part"):
+            if path.name.rsplit(".", 2)[0] in names:
+                path.unlink(missing_ok=True)
 
-    def watch() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+@contextmanager
+def _new_shard(task: ShardTask) -> Iterator[_HashingFile]:
+    """The temporary file of a shard, which is gone after an error."""
+    temporary = task.folder / f"{task.file}.tmp"
+    with _removed_on_error(temporary), open(temporary, "wb") as raw:
+        yield _HashingFile(raw)
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class _HashingFile:
-    """A file that is only written to and that hashes what passes."""
+    """A file that is only written to, and hashed on the way."""
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: BinaryIO, *, hashed: bool = True) -> None:
         self._raw = raw
+        self._hashed = hashed
         self.digest = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
+    def write(self, data: bytes) -> None:
+        if self._hashed:
+            self.digest.update(data)
         self.size += len(data)
         self._raw.write(data)
-        return len(data)
 
-    def tell(self) -> int:
-        return self.size
+    def publish(self, path: Path) -> None:
+        """Make it durable, then visible under its name."""
+        self._raw.flush()
+        os.fsync(self._raw.fileno())
+        os.replace(self._raw.name, path)
+
+    def remove(self) -> None:
+        os.unlink(self._raw.name)
