@@ -12,7 +12,8 @@ from scaletransfer.files import json_bytes, write_atomically
 from scaletransfer.image_files import read_image
 from scaletransfer.pixel_range import full_range
 from scaletransfer.shard_image import UnusableImage, largest_value
-from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, run_all
+from scaletransfer.shard_pool import run_all
+from scaletransfer.shard_writer import WORK_FOLDER, ShardTask
 
 
 def measure_range(tasks: Sequence[ShardTask], workers: int, progress: Callable[[int], object]) -> int:
@@ -22,7 +23,7 @@ def measure_range(tasks: Sequence[ShardTask], workers: int, progress: Callable[[
     left out.  The result does not depend on `workers`.  What was found is kept beside the markers of shards, so that
     a build that was interrupted goes on with the same range.
 
-    Raises ValueError for an archive that cannot be read, and what `shard_writer.run_all` raises.
+    Raises ValueError for an archive that cannot be read, and what `shard_pool.run_all` raises.
     """
     largest, waiting = 0, []
     for task in tasks:
