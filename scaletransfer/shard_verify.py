@@ -21,6 +21,7 @@ from scaletransfer.index import ShardIndex, read_index
 from scaletransfer.sample_table import count_patients, label_totals
 from scaletransfer.shard_build import INFO_NAME, timm_description, wids_description
 from scaletransfer.shard_image import Encoding, UnusableImage, prepare
+from scaletransfer.shard_pool import run_all
 from scaletransfer.shard_scan import (
     LARGEST_IMAGE,
     LARGEST_LABEL,
@@ -31,7 +32,6 @@ from scaletransfer.shard_scan import (
     parse_label,
     read_member,
 )
-from scaletransfer.shard_writer import run_all
 from scaletransfer.tars import Damaged
 
 _SHOWN = 20
