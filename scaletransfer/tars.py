@@ -50,12 +50,18 @@ def members(path: Path, start: int = 0, size: int | None = None) -> list[Member]
     return [Member(*fields) for fields in zip(packed.names.split("\0"), packed.offsets, packed.sizes, strict=False)]
 
 
-def member_name(name: str, path: Path) -> str:
+def walk(path: Path) -> Iterator[Member]:
+    """The same one by one, of a tar with more members than should be kept.  Two files of one name are not noticed."""
+    return _headers(path, 0, os.stat(path).st_size)
+
+
+def member_name(name: str, path: Path, at: int | None = None) -> str:
     """`name` of a member of `path` as a plain relative path; Damaged if it is absolute, leaves its folder by "..",
-    or holds a backslash, a sign that breaks lines, or what is not Unicode."""
+    or holds a backslash, a sign that breaks lines, or what is not Unicode.  `at`: the byte where its header is."""
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or _BAD_SIGNS.search(name):
-        raise Damaged(f"{path} names the file {name!r}, which is no plain name inside of it; download it again.")
+        where = "" if at is None else f" at byte {at}"
+        raise Damaged(f"{path} names the file {name!r}{where}, which is no plain name inside of it; download it again.")
     return pure.as_posix()
 
 
@@ -164,7 +170,8 @@ def _headers(path: Path, start: int, size: int) -> Iterator[Member]:
             raise
         # RecursionError: a chain of extended headers; the others: numbers in them that are none
         except (tarfile.TarError, RecursionError, ValueError, IndexError, OverflowError, EOFError) as error:
-            raise Damaged(f"{path} is not a readable plain tar ({error}); download it again.") from error
+            near = f"near byte {start + view.tell()}"
+            raise Damaged(f"{path} is not a readable plain tar ({error}, {near}); download it again.") from error
         # tarfile takes a damaged header for the end; the true one is a block of zeros.
         view.seek(end)
         if view.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -173,8 +180,10 @@ def _headers(path: Path, start: int, size: int) -> Iterator[Member]:
 
 
 def _checked(info: tarfile.TarInfo, path: Path, start: int, size: int) -> Member:
+    at = start + info.offset
     if not info.isreg() or info.issparse():
-        raise Damaged(f"{path}: {info.name!r} is a link, a device or a sparse file; download it again.")
+        raise Damaged(f"{path}: {info.name!r} at byte {at} is a link, a device or a sparse file; download it again.")
     if info.size < 0 or info.offset_data + info.size > size:
-        raise Damaged(f"{path} ends inside of {info.name!r}, or is damaged; download it again.")
-    return Member(member_name(info.name, path), start + info.offset_data, info.size)
+        claimed = f"which claims {info.size} bytes at byte {at}"
+        raise Damaged(f"{path} ends inside of {info.name!r}, {claimed}, or is damaged; download it again.")
+    return Member(member_name(info.name, path, at), start + info.offset_data, info.size)
