@@ -14,6 +14,7 @@ from tqdm import tqdm
 from scaletransfer.cli import CommandParser
 from scaletransfer.foreign import index_options, run_index
 from scaletransfer.index import ShardIndex, load_index, read_index
+from scaletransfer.reshard import reshard_options, run_reshard
 from scaletransfer.shard_build import BuildReport, build
 from scaletransfer.shard_image import Encoding
 from scaletransfer.shard_plan import Plan, plan_shards
@@ -101,6 +102,7 @@ def _info(options: argparse.Namespace) -> int:
 _Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 _COMMANDS: dict[str, _Command] = {
     "verify": ("compare every file, member, label and image with the index", _verify_options, _verify),
+    "reshard": ("cut a folder anew: other shard size, image size or order", reshard_options, run_reshard),
     "info": ("say what a folder holds", _info_options, _info),
     "index": ("make an index for WebDataset tars that others made", index_options, run_index),
 }
