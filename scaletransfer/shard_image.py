@@ -105,6 +105,8 @@ class Encoding:
         entry: dict[str, Any] = libraries(extension, scales=bool(self.size)) | {"size": self.size}
         if self.bit_depth:
             entry |= {"bit_depth": self.bit_depth, "range": self.pixel_max}
+        if self.stored:
+            entry["before"] = dict(self.stored.encoder)
         return entry | ({"quality": self.quality} if extension != "png" else {})
 
 

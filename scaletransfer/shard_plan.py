@@ -182,7 +182,7 @@ def plan_shards(
             raise ValueError(f"{source.root}: not one image of the split {split!r} is there; check --root")
     chosen = {
         split: given.get(split, same)
-        or _shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
+        or default_shard_size(Path(source.root), by_split[split], bytes_of[split], extension, encoding)
         for split in splits
     }
     recorded = {"seed": seed, "shard_size": chosen, **(options or {})}
@@ -258,7 +258,10 @@ def _is_dicom(image: str) -> bool:
     return image.lower().endswith(".dcm")
 
 
-def _shard_size(root: Path, samples: Sequence[Sample], sizes: Sequence[int], extension: str, encoding: Encoding) -> int:
+def default_shard_size(
+    root: Path, samples: Sequence[Sample], sizes: Sequence[int], extension: str, encoding: Encoding
+) -> int:
+    """Samples a shard of about 100 MB, from the bytes of each image (-1: missing) or, where images change, a trial."""
     present = [row for row, size in enumerate(sizes) if size >= 0]
     mean = sum(sizes[row] for row in present) / len(present)
     if encoding.size or encoding.encode or encoding.bit_depth:
