@@ -5,11 +5,19 @@ Standard library only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+_LACKS = {
+    errno.ENOSPC: "the disk is full (or has no more inodes): free some space there",
+    errno.EDQUOT: "your quota of disk space is used up: free some space there",
+    errno.EFBIG: "a file grew beyond the allowed size: raise the limit (ulimit -f)",
+}
 
 
 def json_bytes(content: Any) -> bytes:
@@ -35,6 +43,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def lack_of_space_named(folder: Path) -> Iterator[None]:
+    """An OSError inside that means that `folder` cannot hold more comes out with a sentence that says the mend."""
+    try:
+        yield
+    except OSError as error:
+        what = _LACKS.get(error.errno or 0)
+        if what is None:
+            raise
+        mend = "and run the same command again; what is finished stays"
+        raise OSError(error.errno, f"{what}, {mend}", str(folder)) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -42,6 +63,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where we keep what can be made again: $XDG_CACHE_HOME/scaletransfer, or ~/.cache/scaletransfer."""
+    # The XDG specification: a relative path there is invalid and must be ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "scaletransfer"
 
 
 def plain_name(name: str, path: Path | str) -> str:
