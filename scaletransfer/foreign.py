@@ -8,7 +8,6 @@ nothing is unpacked or unpickled.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any
 
-import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -30,16 +28,16 @@ from scaletransfer import keys, labels
 from scaletransfer.files import write_atomically
 from scaletransfer.foreign_labels import SOURCES, LabelColumn, LabelRule, read_label_names
 from scaletransfer.foreign_members import KEYS_OF, Naming, is_foreign, naming_secret
-from scaletransfer.foreign_scan import IMAGE_EXTENSIONS, Settings, Shard, scan_tars
+from scaletransfer.foreign_scan import IMAGE_EXTENSIONS, Settings, Shard, choose_splits, scan_tars, tars_of
 from scaletransfer.image_files import INSIDE
 from scaletransfer.index import INDEX_NAME, ShardIndex, ShardInfo, SplitInfo, load_index, split_order, split_to_json
 from scaletransfer.index import write_index as write_index_file
+from scaletransfer.pixel_range import WHITE16
 from scaletransfer.records import ImageInfo, probe_images
 from scaletransfer.sample_table import label_totals, table_dtype
 
 COMMAND = "scaletransfer shards index"
 _PROBES = 2048
-_SPLIT_OF_NAME = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
 
 
 def index_tars(
@@ -51,13 +49,14 @@ def index_tars(
     out: Path | None = None,
     workers: int = 1,
     overwrite: bool = False,
+    pixel_max: int = 0,
     progress: Callable[[int], object] = lambda tars: None,
 ) -> ShardIndex:
     """Read the headers and labels of the tars in `folder` and write `index.json` and the sample tables; opens them.
 
     splits: split -> names of its tars.  out: another folder for the index; the tars are linked there (symbolic links).
-    workers: processes, a tar each.  progress: called with numbers of tars.  Memory: 40 bytes a sample
-    and its labels.
+    pixel_max: the largest value of 16-bit images; 0: as found in some.  workers: processes, a tar each.
+    progress: called with numbers of tars.  Memory: 40 bytes a sample, and its labels.
 
     Raises ValueError, in one sentence with shard, member and offset, for a tar that `tars` refuses, a sample without
     image or label (unless left out), with two images, or with the key of another, an image that is none, and labels
@@ -94,7 +93,7 @@ def index_tars(
         start += len(table)
         tables[split] = table
     _check_keys(folder, shards, tables)
-    image = _image(folder, shards)
+    image = _image(folder, shards, pixel_max)
     place.mkdir(parents=True, exist_ok=True)
     (place / INDEX_NAME).unlink(missing_ok=True)  # an old index must not describe new tables
     if out is not None:
@@ -200,7 +199,7 @@ class _Probe:
     line: int = 0
 
 
-def _image(folder: Path, shards: Mapping[str, Sequence[tuple[str, Shard]]]) -> ImageInfo:
+def _image(folder: Path, shards: Mapping[str, Sequence[tuple[str, Shard]]], pixel_max: int) -> ImageInfo:
     """Image settings of all splits together, from the headers of some images of each tar."""
     every = [(name, shard) for found in shards.values() for name, shard in found if shard.offsets]
     total = sum(len(shard.offsets) for _, shard in every)
@@ -213,6 +212,9 @@ def _image(folder: Path, shards: Mapping[str, Sequence[tuple[str, Shard]]]) -> I
         start += len(shard.offsets)
     kinds = {{"jpeg": "jpg", "tiff": "tif"}.get(text, text) for _, shard in every for text in shard.extensions}
     info = asdict(probe_images(folder, probes, _PROBES))
+    deep = "pixel_max" if info["bit_depth"] == 16 else "deep_max"
+    if pixel_max and info[deep]:
+        info[deep] = pixel_max
     return ImageInfo(**{**info, "extension": kinds.pop() if len(kinds) == 1 else ""})
 
 
@@ -275,57 +277,6 @@ def _link(path: Path, link: Path) -> None:
     link.symlink_to(path.resolve())
 
 
-def choose_splits(names: Sequence[str], text: str | None, folder: Path) -> dict[str, list[str]]:
-    """{split: names of its tars, sorted}.  names: of the tars in `folder`; text: the option --splits, or None.
-
-    A tar belongs to the first pattern that fits.  Without the option a tar's name tells, where it begins with a split's
-    (`train-0000.tar`, `val_3.tar`); if none does, all are `train`.
-
-    Raises ValueError for a pattern that fits none, what is no SPLIT=PATTERN, and names of which some begin so only.
-    """
-    found: dict[str, list[str]] = {}
-    if text is None:
-        splits = [_SPLIT_OF_NAME.get(re.split(r"[^a-z]", name, maxsplit=1)[0], "") for name in names]
-        if any(splits) and not all(splits):
-            odd, other = names[splits.index("")], names[next(i for i, split in enumerate(splits) if split)]
-            raise ValueError(
-                f"{folder} holds {other} and {odd}, which names no split: say what they are, for example "
-                "--splits 'train=train-*.tar,valid=val-*.tar'"
-            )
-        for name, split in zip(names, splits, strict=True):
-            found.setdefault(split or "train", []).append(name)
-        return found
-    left = list(names)
-    for part in text.split(","):
-        split, equals, pattern = part.partition("=")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", split) or not equals or not pattern or "/" in pattern:
-            raise ValueError(
-                f"--splits has {part!r}; give SPLIT=PATTERN of file names in the folder, with commas between them, for "
-                "example train=train-*.tar,valid=val-*.tar"
-            )
-        # {00000..00041}, as webdataset writes lists of tars
-        patterns = list(braceexpand.braceexpand(pattern))
-        chosen = [name for name in left if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
-        if not chosen:
-            raise ValueError(f"--splits: no tar in {folder} is named {pattern!r} (or an earlier pattern took it)")
-        left = [name for name in left if name not in set(chosen)]
-        found[split] = sorted([*found.get(split, []), *chosen])
-    return found
-
-
-def _tars(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        what = "give a folder on this machine; its index can be copied beside the remote tars"
-        raise ValueError(f"{folder} is not a folder: {what}" if "://" in str(folder) else f"{folder} is not a folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    found = [name for name in names if name.endswith(".tar")]
-    if not found:
-        packed = [name for name in names if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
-        hint = f"; {packed[0]} is compressed: unpack it to a plain .tar, which is read at offsets" if packed else ""
-        raise ValueError(f"{folder} holds no .tar{hint}")
-    return found
-
-
 def index_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
@@ -341,6 +292,7 @@ def index_options(parser: argparse.ArgumentParser) -> None:
     add("--salt-file", metavar="FILE", help="the secret that keys are made with (default: that of make_shards)")
     add("--skip-incomplete", action="store_true", help="leave samples without image or label out, and count them")
     add("--keys-of-shard", action="store_true", help="names of samples begin anew in each tar: tell them apart by it")
+    add("--pixel-max", type=int, default=0, metavar="N", help="largest value of 16-bit images (default: as in some)")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--overwrite", action="store_true", help="replace the index of an earlier run")
 
@@ -348,7 +300,7 @@ def index_options(parser: argparse.ArgumentParser) -> None:
 def run_index(options: argparse.Namespace) -> int:
     """Run the command; 0 when the index is there.  Raises ValueError for what the user can mend."""
     folder = Path(options.folder)
-    names = _tars(folder)
+    names = tars_of(folder)
     splits = choose_splits(names, options.splits, folder)
     name = options.name
     if name is None:
@@ -364,6 +316,8 @@ def run_index(options: argparse.Namespace) -> int:
     )
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers}; give a number of processes, 1 or more")
+    if not 0 <= options.pixel_max <= WHITE16:
+        raise ValueError(f"--pixel-max is {options.pixel_max}; give the largest value of 16-bit images, 1 to {WHITE16}")
     if options.public and options.salt_file:
         raise ValueError("--public and --salt-file contradict each other: public keys are made with a known salt")
     salt = keys.PUBLIC_SALT if options.public else keys.load_salt(options.salt_file)
@@ -376,6 +330,7 @@ def run_index(options: argparse.Namespace) -> int:
             out=Path(options.out) if options.out else None,
             workers=options.workers,
             overwrite=options.overwrite,
+            pixel_max=options.pixel_max,
             progress=bar.update,
         )
     for split, info in index.splits.items():

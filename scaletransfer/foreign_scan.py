@@ -5,6 +5,7 @@ The tar is untrusted: what `tars` refuses is refused, and members that are neith
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import BinaryIO
+
+import braceexpand
 
 from scaletransfer import keys
 from scaletransfer.foreign_labels import SOURCES, Label, LabelRule
@@ -32,6 +35,7 @@ from scaletransfer.shard_pool import die_with_parent
 from scaletransfer.tars import Member, walk
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+_SPLIT_OF_NAME = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
 _LARGEST_IMAGE = 1 << 31
 
 
@@ -71,6 +75,58 @@ class Shard:
     extensions: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+
+
+def choose_splits(names: Sequence[str], text: str | None, folder: Path) -> dict[str, list[str]]:
+    """{split: names of its tars, sorted}.  names: of the tars in `folder`; text: the option --splits, or None.
+
+    A tar belongs to the first pattern that fits.  Without the option a tar's name tells, where it begins with a split's
+    (`train-0000.tar`, `val_3.tar`); if none does, all are `train`.
+
+    Raises ValueError for a pattern that fits none, what is no SPLIT=PATTERN, and names of which some begin so only.
+    """
+    found: dict[str, list[str]] = {}
+    if text is None:
+        splits = [_SPLIT_OF_NAME.get(re.split(r"[^a-z]", name, maxsplit=1)[0], "") for name in names]
+        if any(splits) and not all(splits):
+            odd, other = names[splits.index("")], names[next(i for i, split in enumerate(splits) if split)]
+            raise ValueError(
+                f"{folder} holds {other} and {odd}, which names no split: say what they are, for example "
+                "--splits 'train=train-*.tar,valid=val-*.tar'"
+            )
+        for name, split in zip(names, splits, strict=True):
+            found.setdefault(split or "train", []).append(name)
+        return found
+    left = list(names)
+    for part in text.split(","):
+        split, equals, pattern = part.partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", split) or not equals or not pattern or "/" in pattern:
+            raise ValueError(
+                f"--splits has {part!r}; give SPLIT=PATTERN of file names in the folder, with commas between them, for "
+                "example train=train-*.tar,valid=val-*.tar"
+            )
+        # {00000..00041}, as webdataset writes lists of tars
+        patterns = list(braceexpand.braceexpand(pattern))
+        chosen = [name for name in left if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
+        if not chosen:
+            raise ValueError(f"--splits: no tar in {folder} is named {pattern!r} (or an earlier pattern took it)")
+        left = [name for name in left if name not in set(chosen)]
+        found[split] = sorted([*found.get(split, []), *chosen])
+    return found
+
+
+def tars_of(folder: Path) -> list[str]:
+    """Names of the tars in `folder`, sorted; ValueError where there is none."""
+    if not folder.is_dir():
+        what = "give a folder on this machine; its index can be copied beside the remote tars"
+        raise ValueError(f"{folder} is not a folder: {what}" if "://" in str(folder) else f"{folder} is not a folder")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    found = [name for name in names if name.endswith(".tar")]
+    if not found:
+        packed = [name for name in names if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
+        hint = f"; {packed[0]} is compressed: unpack it to a plain .tar, which is read at offsets" if packed else ""
+        raise ValueError(f"{folder} holds no .tar{hint}")
+    return found
 
 
 def scan_tars(paths: Sequence[Path], settings: Settings, naming: Naming, workers: int) -> Iterator[Shard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -24,10 +25,11 @@ from helpers_foreign import (
     write_json,
     write_tar,
 )
+from PIL import Image
 
 from scaletransfer import foreign
 from scaletransfer.foreign_labels import LabelRule
-from scaletransfer.foreign_scan import Settings
+from scaletransfer.foreign_scan import Settings, choose_splits
 from scaletransfer.index import ShardIndex, load_index
 from scaletransfer.shard_reader import ShardReader, read_image
 from scaletransfer.shards import shards_main
@@ -235,7 +237,7 @@ def test_an_index_is_replaced_only_when_asked(tmp_path):
     ],
 )
 def test_splits(names, option, expected):
-    found = foreign.choose_splits(names, option, Path("f"))
+    found = choose_splits(names, option, Path("f"))
     assert found == {split: [names[row] for row in rows] for split, rows in expected.items()}
 
 
@@ -251,7 +253,7 @@ def test_splits(names, option, expected):
 )
 def test_splits_that_are_refused(names, option, words):
     with pytest.raises(ValueError, match="splits") as error:
-        foreign.choose_splits(names, option, Path("f"))
+        choose_splits(names, option, Path("f"))
     assert words in str(error.value)
 
 
@@ -353,6 +355,45 @@ def test_a_tar_of_the_same_size_with_other_content_is_noticed(tmp_path):
             images_of(load_index(folder))
     path.write_bytes(data)
     assert images_of(index) == [picture(number) for number in range(5)]
+
+
+def test_verify(tmp_path, capsys):
+    """Other tars and files may lie beside those that are indexed."""
+    folder = write_img2dataset(tmp_path / "set")
+    index = index_of(folder, "--label", "json:label", "--splits", "train={00000..00001}.tar")
+    assert "not used: 1 tars" in capsys.readouterr().out
+    assert shards_main(["verify", str(folder)]) == 0 and f"{folder}: ok" in capsys.readouterr().out
+    row = index.table("train")[5]
+    path, place = folder / "00001.tar", int(row["offset"])
+    assert row["shard"] == 1
+    data = path.read_bytes()
+    path.write_bytes(data[:place] + bytes(200) + data[place + 200 :])
+    assert shards_main(["verify", str(folder)]) == 1
+    told = capsys.readouterr().out
+    assert "00001.tar: sha256 differs" in told and f"00001.tar at byte {place}: the image cannot be used" in told
+    path.write_bytes(data[: place - 512] + b"1" + data[place - 511 :])
+    assert shards_main(["verify", "--no-decode", str(folder)]) == 1
+    assert f"00001.tar: the member at offset {place} is not the image of that sample" in capsys.readouterr().out
+    path.unlink()
+    assert shards_main(["verify", str(folder)]) == 1
+    assert "00001.tar is missing" in capsys.readouterr().out
+
+
+def test_the_white_of_deep_images(tmp_path, capsys):
+    """Some images are looked at for it; --pixel-max says it of all."""
+    members = []
+    for number in range(150):
+        pixels = np.full((8, 8), 100 if number != 101 else 4000, np.uint16)
+        pixels[0, 0] = number
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        members += [(f"{number}.png", buffer.getvalue()), (f"{number}.cls", b"0")]
+    folder = write_tar(tmp_path / "t" / "a.tar", members)
+    assert index_of(folder).image.deep_white == 255
+    assert shards_main(["verify", str(folder)]) == 1
+    assert "has the value 4000, larger than the white 255 of the index" in capsys.readouterr().out
+    assert index_of(folder, "--pixel-max", "4000", "--overwrite").image.deep_white == 4095
+    assert shards_main(["verify", str(folder)]) == 0
 
 
 def test_a_damaged_naming_is_refused(tmp_path):
