@@ -18,14 +18,21 @@ from tqdm import tqdm
 from scaletransfer import keys
 from scaletransfer.cli import CommandParser
 from scaletransfer.listing import LABEL_MODES, write_listing
+from scaletransfer.pixel_range import WHITE16
+from scaletransfer.shard_output import Output, Part, parse_part
+from scaletransfer.shard_parts import PartReport, build_part, merge, shards_of
 from scaletransfer.shard_plan import FirstRecords, check_images
-from scaletransfer.shards import BuildReport, Encoding, build, describe, plan_shards
+from scaletransfer.shard_range import measure_plan
+from scaletransfer.shards import BuildReport, Encoding, Plan, build, describe, plan_shards
 from scaletransfer.sources import SOURCES, named_values, open_source, source_class, source_options
+
+FINISHED = "these shards were finished already by the same command; nothing to do"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 0 if shards or listing are there.  Raises ValueError for what the user can mend."""
     options = _parser().parse_args(argv)
+    _check_jobs(options)
     source_settings = _source_settings(options)
     source: Any = open_source(options.source, options.root, **source_settings)
     salt = keys.PUBLIC_SALT if source.public and not options.salt_file else keys.load_salt(options.salt_file)
@@ -54,24 +61,69 @@ def main(argv: Sequence[str]) -> int:
         options=recorded,
     )
     _say(source)
-    out = options.out or Path("shards") / source.name
-    total = sum(len(samples) for samples in plan.samples.values())
+    if options.measure:
+        return _measure(plan, options)
+    return _build(plan, options)
+
+
+def _build(plan: Plan, options: argparse.Namespace) -> int:
+    """Shards, a part of them, or the merge of parts."""
+    out = Output(options.out or Path("shards") / plan.source)
+    part = parse_part(options.part) if options.part else None
+    files = None if part is None else shards_of(plan, part.of)[part.number]
+    total = sum(end - start for _, file, start, end in plan.shards() if files is None or file in files)
     # disable=None: no bar where nobody looks (a log file); counts per shard if several processes work
-    measures = encoding.bit_depth == 8 and not encoding.pixel_max
+    measures = plan.encoding.bit_depth == 8 and not plan.encoding.pixel_max and part is None
+    what = f"part {part}" if part else "merge" if options.merge else options.source
     with (
         tqdm(total=total, unit="img", desc="range of 16-bit images", disable=None if measures else True) as looked_at,
-        tqdm(total=total, unit="img", desc=f"{options.source} -> {out}", disable=None) as bar,
+        tqdm(total=total, unit="img", desc=f"{what} -> {out}", disable=None) as bar,
     ):
-        report = build(
-            plan,
-            out,
-            workers=options.workers,
-            overwrite=options.overwrite,
-            progress=bar.update,
-            measured=looked_at.update,
-        )
-    _print_report(out, report)
+        if part:
+            _print_part(out, part, build_part(plan, out, part, workers=options.workers, progress=bar.update))
+            return 0
+        if options.merge:
+            report = merge(plan, out, workers=options.workers, progress=bar.update)
+        else:
+            report = build(
+                plan,
+                out,
+                workers=options.workers,
+                overwrite=options.overwrite,
+                progress=bar.update,
+                measured=looked_at.update,
+            )
+    _print_report(out, report, merged=options.merge)
     return 0
+
+
+def _measure(plan: Plan, options: argparse.Namespace) -> int:
+    """Print the --pixel-max that a build without one would find."""
+    total = sum(len(samples) for samples in plan.samples.values())
+    with tqdm(total=total, unit="img", desc="range of 16-bit images", disable=None) as looked_at:
+        white = measure_plan(plan, options.workers, looked_at.update)
+    if white:
+        print(f"--pixel-max {white}")
+    else:
+        print(f"--pixel-max {WHITE16}")
+        print("note: no image of 16 bits leaves its white open, so any value gives the same images", file=sys.stderr)
+    return 0
+
+
+def _check_jobs(options: argparse.Namespace) -> None:
+    """ValueError for options that contradict each other."""
+    chosen = [name for name in ("list", "part", "merge", "measure") if getattr(options, name)]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0]} and --{chosen[1]} are different things to do; give one of them")
+    if options.overwrite and chosen and chosen != ["list"]:
+        raise ValueError(
+            f"--overwrite with --{chosen[0]} would remove what other parts have written; remove the folder before the "
+            "first part instead"
+        )
+    if options.measure and (options.bit_depth != "8" or options.pixel_max):
+        raise ValueError("--measure finds --pixel-max for --bit-depth 8: give it with --bit-depth 8 and no --pixel-max")
+    if options.part:
+        parse_part(options.part)
 
 
 def _pixel_max(options: argparse.Namespace) -> int:
@@ -106,14 +158,29 @@ def _say(source: Any) -> None:
         print(f"left out: {rows:,} rows, {reason}", file=sys.stderr)
 
 
-def _print_report(out: Path, report: BuildReport) -> None:
+def _print_report(out: Output, report: BuildReport, *, merged: bool) -> None:
     print(f"{out}: {describe(report.index)}")
+    if merged and report.kept_shards:
+        print(f"{report.kept_shards} shards merged in {report.seconds:.1f} s")
+        return
     if not report.images and not report.kept_shards:
-        print("these shards were finished already by the same command; nothing to do")
+        print(FINISHED)
         return
     rate = report.images / report.seconds if report.seconds else 0.0
     kept = f", {report.kept_shards} shards kept from an interrupted run" if report.kept_shards else ""
     print(f"{report.images:,} images in {report.seconds:.1f} s ({rate:,.0f} images/s){kept}")
+
+
+def _print_part(out: Output, part: Part, report: PartReport) -> None:
+    if report.finished:
+        print(f"{out}: {FINISHED}")
+        return
+    rate = report.images / report.seconds if report.seconds else 0.0
+    kept = f", {report.kept_shards} of them kept from an interrupted run" if report.kept_shards else ""
+    print(
+        f"{out}: part {part}, {report.shards} shards{kept}; {report.images:,} images in {report.seconds:.1f} s "
+        f"({rate:,.0f} images/s); when all parts are there, run the same command with --merge instead of --part"
+    )
 
 
 def _source_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +238,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--views", help="views to keep, such as PA,AP,L, or all (default: PA,AP; padchest: all five)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="another option of the source (below)")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); any number, same bytes")
+    add(
+        "--part",
+        metavar="I/N",
+        help="write one of N parts, I from 0 to N - 1, and no index: the tasks of a job array with --array=0-7 give "
+        "$SLURM_ARRAY_TASK_ID/8 (launch/slurm/make_shards.sbatch)",
+    )
+    add("--merge", action="store_true", help="when all parts are there: check them and write the index")
+    add("--measure", action="store_true", help="with --bit-depth 8: print the --pixel-max that --part needs, and stop")
     add("--shard-size", type=int, default=0, metavar="N", help="samples a shard (default: about 100 MB)")
     add("--seed", type=int, default=0, metavar="S", help="of the order of the samples (default: 0)")
     add("--size", type=int, default=0, metavar="PX", help="scale larger images down to this short side")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
-import json
-import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +20,15 @@ from scaletransfer.index import (
     ShardIndex,
     ShardInfo,
     SplitInfo,
-    load_index,
     split_to_json,
     write_index,
 )
 from scaletransfer.records import key_number
 from scaletransfer.sample_table import count_patients, label_rows, label_totals, table_dtype
+from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, drop_if_empty, plan_of_index, remove_work
 from scaletransfer.shard_plan import Plan, Sample
 from scaletransfer.shard_range import measure_range
-from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, finished, shard_tasks, write_all
-
-INFO_NAME = "_info.json"
-_OURS = re.compile(r"(train|valid|test)-\d{6}\.tar(\.tmp)?|samples-\w+\.npy(\.tmp)?|wids-\w+\.json(\.tmp)?")
+from scaletransfer.shard_writer import ShardTask, shard_tasks, write_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +45,14 @@ class BuildReport:
 
 def build(
     plan: Plan,
-    folder: Path,
+    place: Path | Output,
     *,
     workers: int = 1,
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda samples: None,
     measured: Callable[[int], object] = lambda samples: None,
 ) -> BuildReport:
-    """Write the shards of `plan` into `folder`, or continue an interrupted build of the same plan.
+    """Write the shards of `plan` into the folder `place`, or continue an interrupted build of the same plan.
 
     The bytes do not depend on `workers` or on interruptions.  A folder that is finished with this plan is
     left as it is.  `overwrite` removes our files (no others) of another build first.  `progress` is called
@@ -70,114 +63,61 @@ def build(
     mixed or a split has no usable image, besides what `shard_writer.write_all` raises.
     """
     start = time.monotonic()
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}; it must be at least 1")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; give a folder")
-    if (folder / INDEX_NAME).exists() and not overwrite and _plan_of_index(folder) == plan.digest:
-        index = load_index(folder)
-        _remove_work(folder)
+    out = place if isinstance(place, Output) else Output(Path(place))
+    check_workers(workers)
+    if not overwrite and (index := finished_index(plan, out)) is not None:
         return BuildReport(index=index, images=0, seconds=0.0, kept_shards=0)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _claimed(folder, plan.digest, overwrite):
-        done, waiting = {}, []
+    with claimed(out, plan.digest, overwrite=overwrite):
         try:
             if plan.encoding.bit_depth and not plan.encoding.pixel_max:
-                white = measure_range(shard_tasks(plan, folder), workers, measured)
+                white = measure_range(shard_tasks(plan, out.folder), workers, measured)
                 plan = replace(plan, encoding=replace(plan.encoding, pixel_max=white))
-            for task in shard_tasks(plan, folder):
-                content = finished(task)
-                if content is None:
-                    waiting.append(task)
-                else:
-                    done[task.file] = content
-                    progress(len(task.samples))
-            kept = len(done)
-            _check_depth(done.values())
-            # closing: no worker may still be writing when the folder is cleared below
-            with closing(write_all(waiting, workers, progress)) as markers:
-                for content in markers:
-                    done[content["file"]] = content
-                    _check_depth(done.values())
-            index = _finish(plan, folder, done)
+            done, images, kept = write_missing(out, shard_tasks(plan, out.folder), workers, progress)
+            index = finish(plan, out, done)
         except ValueError:
             # the options or the data are wrong: leave nothing of this run that refuses the mended command
-            _clear(folder)
-            if not os.listdir(folder):
-                folder.rmdir()
+            clear(out)
+            remove_work(out)
+            drop_if_empty(out.folder)
             raise
-    _remove_work(folder)
-    images = sum(len(task.samples) for task in waiting)
+    remove_work(out)
     return BuildReport(index=index, images=images, seconds=time.monotonic() - start, kept_shards=kept)
 
 
-def _plan_of_index(folder: Path) -> str:
-    try:
-        content = json.loads((folder / INDEX_NAME).read_bytes())
-    except ValueError:
-        content = None
-    return str(content.get("plan_sha256", "")) if isinstance(content, dict) else ""
+def check_workers(workers: int) -> None:
+    """ValueError unless there is one at least."""
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}; it must be at least 1")
 
 
-@contextmanager
-def _claimed(folder: Path, digest: str, overwrite: bool) -> Iterator[None]:
-    """Hold `folder` for a build of the plan `digest`; ValueError if it belongs to anything else."""
-    work, leftovers = folder / WORK_FOLDER, _our_files(folder)
-    had_work = work.is_dir()
-    if not overwrite and not had_work and leftovers:
-        what = "finished shards" if INDEX_NAME in leftovers else f"files such as {leftovers[0]}"
-        raise ValueError(
-            f"{folder} holds {what} made from other data or with other options; give another --out, "
-            "or --overwrite to replace them"
-        )
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another make_shards is writing {folder}; wait for it to end") from None
-        except OSError:
-            # Some network file systems have no locks; two builds of one plan would still write equal bytes.
-            pass
-        plan_file = work / "plan.json"
-        planned = json.loads(plan_file.read_bytes())["plan_sha256"] if plan_file.exists() else None
-        if overwrite:
-            _clear(folder, keep_lock=True)
-            planned = None
-        elif (planned is not None and planned != digest) or INDEX_NAME in leftovers:
-            raise ValueError(
-                f"{folder} holds a build of other data or with other options that was interrupted; give the "
-                "same options to continue it, another --out, or --overwrite to start again"
-            )
-        if planned is None:
-            write_atomically(plan_file, json_bytes({"plan_sha256": digest}))
-        yield
+def finished_index(plan: Plan, out: Output) -> ShardIndex | None:
+    """The index of `out` if it is finished with this plan; what is left of its work folder is removed."""
+    if plan_of_index(out) != plan.digest:
+        return None
+    index = out.index()
+    remove_work(out)
+    return index
 
 
-def _our_files(folder: Path) -> list[str]:
-    names = sorted(name for name in os.listdir(folder) if _OURS.fullmatch(name))
-    return [name for name in (INDEX_NAME, INFO_NAME) if (folder / name).exists()] + names
+def write_missing(
+    out: Output, tasks: Sequence[ShardTask], workers: int, progress: Callable[[int], object]
+) -> tuple[dict[str, dict[str, Any]], int, int]:
+    """Write those of the shards that are not finished: ({file: marker} of all, images read, shards kept)."""
+    done, _ = out.done(tasks, workers, progress)
+    check_depth(done.values())
+    kept, waiting = len(done), [task for task in tasks if task.file not in done]
+    by_file = {task.file: task for task in waiting}
+    # closing: no worker may still be writing when the folder is cleared
+    with out.storing() as store, closing(write_all(waiting, workers, progress)) as markers:
+        for content in markers:
+            store(by_file[content["file"]], content)
+            done[content["file"]] = content
+            check_depth(done.values())
+    return done, sum(len(task.samples) for task in waiting), kept
 
 
-def _clear(folder: Path, *, keep_lock: bool = False) -> None:
-    """Remove what make_shards writes, the index first, so that no reader takes a folder in between."""
-    for name in [*_our_files(folder), f"{INDEX_NAME}.tmp", f"{INFO_NAME}.tmp"]:
-        (folder / name).unlink(missing_ok=True)
-    _remove_work(folder, keep_lock=keep_lock)
-
-
-def _remove_work(folder: Path, *, keep_lock: bool = False) -> None:
-    work = folder / WORK_FOLDER
-    if not work.is_dir():
-        return
-    for path in sorted(work.iterdir()):
-        if not (keep_lock and path.name == "lock"):
-            path.unlink()
-    if not keep_lock:
-        work.rmdir()
-
-
-def _check_depth(markers: Any) -> None:
+def check_depth(markers: Any) -> None:
+    """ValueError if the images of these shards have 8 and 16 bits."""
     seen = _seen(markers)
     depths = {depth for _, depth in seen}
     if len(depths) > 1:
@@ -198,8 +138,13 @@ def _seen(markers: Any) -> Counter[tuple[int, int]]:
     return seen
 
 
-def _finish(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> ShardIndex:
-    """Tables, side files, then the index."""
+def finish(plan: Plan, out: Output, done: dict[str, dict[str, Any]]) -> ShardIndex:
+    """Tables, side files, then the index, when every shard is there; done: {file: marker} of all of them.
+
+    Raises ValueError for a split without a usable image and for mixed bit depths.
+    """
+    check_depth(done.values())
+    folder = out.folder
     tasks = shard_tasks(plan, folder)
     splits = {split: _finish_split(plan, folder, split, tasks, done) for split in plan.samples}
     for split, info in splits.items():
@@ -229,7 +174,9 @@ def _finish(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> ShardI
         "splits": {split: split_to_json(info) for split, info in splits.items()},
     }
     write_index(folder, content)
-    return load_index(folder)
+    tables = [info.table_file for info in splits.values()]
+    out.publish([*tables, *(f"wids-{split}.json" for split in splits), INFO_NAME, INDEX_NAME])
+    return out.index()
 
 
 def _finish_split(
@@ -266,7 +213,7 @@ def _finish_split(
 
 
 def sample_table(
-    plan: Plan, samples: Sequence[Sample], places: np.ndarray[Any, Any]
+    plan: Plan | ShardIndex, samples: Sequence[Sample], places: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], bytes]:
     """The sample table of `samples`, one row each, and the bytes of its file.
 

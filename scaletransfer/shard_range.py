@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from scaletransfer.files import json_bytes, write_atomically
+from scaletransfer.files import cache_folder, json_bytes, write_atomically
 from scaletransfer.image_files import read_image
 from scaletransfer.pixel_range import full_range
 from scaletransfer.shard_image import UnusableImage, largest_value
+from scaletransfer.shard_plan import Plan
 from scaletransfer.shard_pool import run_all
-from scaletransfer.shard_writer import WORK_FOLDER, ShardTask
+from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, shard_tasks
 
 
 def measure_range(tasks: Sequence[ShardTask], workers: int, progress: Callable[[int], object]) -> int:
@@ -37,6 +39,18 @@ def measure_range(tasks: Sequence[ShardTask], workers: int, progress: Callable[[
         for result in results:
             largest = max(largest, result["largest"])
     return full_range(largest) if largest else 0
+
+
+def measure_plan(plan: Plan, workers: int, progress: Callable[[int], object]) -> int:
+    """`measure_range` of a plan, for jobs that write parts of it; what was found lies in the cache until all is known.
+
+    Raises as `measure_range`.
+    """
+    folder = cache_folder() / "measured" / plan.digest
+    (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    white = measure_range(shard_tasks(plan, folder), workers, progress)
+    shutil.rmtree(folder, ignore_errors=True)  # another process may measure the same
+    return white
 
 
 def measure(task: ShardTask, progress: Callable[[int], object] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ def private_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Tests neither read nor make the salt of the person who runs them, and reach for nothing outside."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.delenv("SCALETRANSFER_TRACEBACK", raising=False)
