@@ -37,6 +37,7 @@ FORMS = {
     "object of states": "states",
 }
 """What a label can look like -> `label_kind` of the index."""
+_FORM_WITH = {form: f"{'an' if form[0] == 'o' else 'a'} {form}" for form in FORMS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class LabelColumn:
         if form and form != self.form:
             # an empty list, which may be either, came before
             if self.form and not (self.form == "list of findings" and not self._columns and form == "list of states"):
-                raise ValueError(f"has a {form} where samples before it have a {self.form}")
+                raise ValueError(f"has {_FORM_WITH[form]} where samples before it have {_FORM_WITH[self.form]}")
             if form == "list of states" and len(self._lengths):
                 raise ValueError("has a list of states where samples before it have an empty list")
             self.form = form

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import webdataset
 from PIL import Image
+
+from scaletransfer.index import ShardIndex, load_index
+from scaletransfer.shard_reader import ShardReader, read_image
+from scaletransfer.shards import shards_main
 
 FINDINGS = ("Edema", "Effusion", "Hernia")
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -105,3 +110,23 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarf
         for name, content in members:
             add(tar, name, content)
     return path.parent
+
+
+def index_of(folder: Path, *options: str) -> ShardIndex:
+    """The index that the command writes into `folder`."""
+    assert shards_main(["index", str(folder), "--public", *options]) == 0
+    return load_index(folder)
+
+
+def refused(folder: Path, *options: str) -> str:
+    """The sentence by which the command refuses."""
+    with pytest.raises(ValueError) as error:
+        shards_main(["index", str(folder), "--public", *options])
+    text = str(error.value)
+    assert "\n" not in text and not (folder / "index.json").exists()
+    return text
+
+
+def images_of(index: ShardIndex, split: str = "train") -> list[bytes]:
+    reader = ShardReader()
+    return [read_image(reader, index, split, row) for row in range(index.splits[split].samples)]
