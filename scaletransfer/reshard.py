@@ -22,9 +22,9 @@ from scaletransfer.index import INDEX_NAME, ShardIndex, load_index
 from scaletransfer.shard_build import BuildReport, build
 from scaletransfer.shard_image import Encoding, Stored
 from scaletransfer.shard_plan import Plan, Sample, default_shard_size, shuffled, with_digest
+from scaletransfer.shard_pool import run_all
 from scaletransfer.shard_scan import Found, samples_in
 from scaletransfer.shard_verify import shard_problem, table_of
-from scaletransfer.shard_pool import run_all
 
 OPTION = "resharded"
 """Entry of the index's `options` that says from what, and how, the folder was cut."""

@@ -17,10 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaletransfer.files import check_size, json_bytes
+from scaletransfer.foreign_members import is_foreign
+from scaletransfer.foreign_verify import foreign_problems
 from scaletransfer.index import ShardIndex, read_index
 from scaletransfer.sample_table import count_patients, label_totals
-from scaletransfer.shard_build import INFO_NAME, timm_description, wids_description
+from scaletransfer.shard_build import timm_description, wids_description
 from scaletransfer.shard_image import Encoding, UnusableImage, prepare
+from scaletransfer.shard_output import INFO_NAME
 from scaletransfer.shard_pool import run_all
 from scaletransfer.shard_scan import (
     LARGEST_IMAGE,
@@ -165,6 +168,8 @@ def _patients(folder: Path, pairs: Sequence[NDArray[Any]]) -> list[str]:
 
 
 def _side_files(index: ShardIndex) -> Iterator[str]:
+    if is_foreign(index.encoder):
+        return  # it has none, and other tars may lie beside those that are indexed
     for name, content in side_files(index).items():
         path = index.folder / name
         if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
@@ -226,6 +231,11 @@ class _Check:
         problem = shard_problem(self.path, shard.bytes, shard.sha256)
         if problem:
             self.problems.append(problem)
+        if is_foreign(self.index.encoder):
+            if self.path.is_file() and self.rows is not None:
+                decode, told = self.look.decode, progress or (lambda samples: None)
+                self.problems += foreign_problems(self.index, self.path, self.rows, decode=decode, progress=told)
+            return
         self.truncated = self.path.is_file() and self.path.stat().st_size < shard.bytes
         members = self._members() if self.path.is_file() else []
         seen = 0

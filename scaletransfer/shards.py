@@ -18,6 +18,7 @@ from scaletransfer.reshard import reshard_options, run_reshard
 from scaletransfer.shard_build import BuildReport, build
 from scaletransfer.shard_image import Encoding
 from scaletransfer.shard_plan import Plan, plan_shards
+from scaletransfer.shard_repair import repair_options, run_repair
 from scaletransfer.shard_verify import verify
 
 __all__ = ["BuildReport", "Encoding", "Plan", "build", "describe", "plan_shards", "shards_main", "verify"]
@@ -67,11 +68,16 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     add("folders", nargs="+", metavar="DIR", type=Path, help="folder with an index.json")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--no-decode", action="store_true", help="do not decode the images, which takes the most time")
+    repair_options(parser)
 
 
 def _verify(options: argparse.Namespace) -> int:
     status = 0
+    if not options.repair and (options.root or options.salt_file or options.source or options.option):
+        raise ValueError("--root, --salt-file, --source and --option are for --repair: give that as well")
     for folder in options.folders:
+        if options.repair:
+            run_repair(folder, options)
         with tqdm(total=_samples(folder), unit="img", desc=f"verify {folder}", disable=None) as bar:
             problems = verify(folder, workers=options.workers, decode=not options.no_decode, progress=bar.update)
         for problem in problems:
