@@ -104,7 +104,8 @@ def check_bytes(place: Path | str, actual: int | None, expected: int) -> None:
         what = "truncated" if actual < expected else "not the file that the index describes"
         raise ValueError(
             f"{place} is {what}: {actual} bytes where index.json says {expected}; "
-            "copy it again, or make the folder again with make_shards --overwrite"
+            "copy it again, or make the folder again with make_shards --overwrite (tars that others made: index them "
+            "again with scaletransfer shards index --overwrite)"
         )
 
 

@@ -65,7 +65,10 @@ def patient_numbers(codes: Iterable[str]) -> dict[str, int]:
 
 def open_table(path: Path, sha256: str, rows: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Memory-map a sample table read-only; ValueError, naming the file, if hash, columns or rows differ."""
-    mend = "copy it again, or make the folder again with make_shards --overwrite"
+    mend = (
+        "copy it again, or make the folder again with make_shards --overwrite (tars that others made: scaletransfer "
+        "shards index --overwrite)"
+    )
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError(f"{path} is damaged or of another index (sha256 differs); {mend}")
