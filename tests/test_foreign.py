@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset
@@ -33,7 +34,9 @@ from scaletransfer import foreign
 from scaletransfer.foreign_labels import LabelRule
 from scaletransfer.foreign_scan import Settings
 from scaletransfer.index import load_index
+from scaletransfer.shard_reader import ShardReader, read_image
 from scaletransfer.shards import shards_main
+from scaletransfer.storage import RemoteSettings
 
 
 def by_webdataset(folder: Path, split: str = "") -> Iterator[dict[str, Any]]:
@@ -231,6 +234,22 @@ def test_a_tar_of_the_same_size_with_other_content_is_noticed(tmp_path):
             images_of(load_index(folder))
     path.write_bytes(data)
     assert images_of(index) == [picture(number) for number in range(5)]
+
+
+@pytest.mark.parametrize("mode", ["range", "cache"])
+def test_tars_behind_a_url(tmp_path, mode):
+    """Long names as well, whose headers are asked for apart."""
+    members = [
+        (f"{'long' * 60}/{n}.{ext}", data) for n in range(3) for ext, data in (("jpg", picture(n)), ("cls", b"1"))
+    ]
+    folder = write_tar(tmp_path / "t" / "a.tar", members)
+    index_of(folder)
+    remote = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        remote.pipe(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+    settings = RemoteSettings(mode=mode, cache_dir=str(tmp_path / "cache"))
+    index, reader = load_index(f"memory://{tmp_path.name}", settings), ShardReader(settings)
+    assert [read_image(reader, index, "train", row) for row in range(3)] == [picture(row) for row in range(3)]
 
 
 def test_verify(tmp_path, capsys):
