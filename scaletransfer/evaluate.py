@@ -24,15 +24,17 @@ from scaletransfer.engine.build import resolve_precision
 from scaletransfer.engine.evaluate import Inference, predict
 from scaletransfer.engine.rehearsal import end_group, make_accelerator
 from scaletransfer.engine.strategy import asked
+from scaletransfer.fused import Fused, build_fused
 from scaletransfer.image_check import check_images
 from scaletransfer.index import from_records, load_index
 from scaletransfer.labels import LabelPolicy
-from scaletransfer.loader import EvalSampler, ShardDataset, batches, dead_workers_named, make_loader
+from scaletransfer.loader import EvalSampler, ShardDataset
 from scaletransfer.losses import make_loss
 from scaletransfer.models import create_model
 from scaletransfer.models.weights import load_into, load_pretrained
 from scaletransfer.sources import named_values
 from scaletransfer.sources.image_folder import ImageFolder
+from scaletransfer.streams import batches, dead_workers_named, make_loader
 from scaletransfer.transfer.data import Target, default_split, make_target, open_official, shortened
 from scaletransfer.transfer.network import check_card
 from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions
@@ -100,7 +102,7 @@ def evaluate(
     normalize = Normalizer(normal["mean"], normal["std"], data.pixel_max).to(accelerator.device)
     sampler = EvalSampler(len(data), strategy.rank, strategy.world, batch)
     with dead_workers_named():
-        stream = batches(make_loader(data, sampler, workers, 2))
+        stream = batches(make_loader(data, sampler, workers))
         predicted = predict(inference, normalize, stream, progress=strategy.rank == 0)
     loss = make_loss(target.task)  # type: ignore[arg-type]
     found = scores(loss, predicted, target.index, split, target.names, resamples=resamples)
@@ -194,12 +196,13 @@ def check_labels(path: Path, card: dict[str, Any], target: Target, split: str) -
         )
 
 
-def prepare(transform: dict[str, Any], target: Target) -> tuple[Callable[[Any], Tensor], int]:
+def prepare(transform: dict[str, Any], target: Target) -> tuple[Callable[[Any], Tensor] | Fused, int]:
     """How the model's images are prepared in evaluation, and the channels that it takes."""
     if transform["kind"] == "bit":
         size = int(transform["size"])
         return bit_transform(False, int(transform["precrop"]), size, square=True, flip=0.0), target.channels
-    return build_transform(transform["kind"], False, int(transform["size"])), 1 if transform["kind"] == "xray" else 3
+    kind, size = transform["kind"], int(transform["size"])
+    return build_fused(kind, False, size) or build_transform(kind, False, size), 1 if kind == "xray" else 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:

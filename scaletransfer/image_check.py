@@ -17,8 +17,9 @@ from scaletransfer.decode import decode, image_size
 from scaletransfer.image_files import INSIDE
 from scaletransfer.image_files import read_image as read_image_file
 from scaletransfer.index import ShardIndex
-from scaletransfer.loader import Source, dead_workers_named
+from scaletransfer.loader import Source
 from scaletransfer.shard_reader import ShardReader, image_place, read_image
+from scaletransfer.streams import dead_workers_named
 
 _BATCH = 16  # images a worker process answers for at a time
 _NAMED = 5  # unreadable images that the sentence names

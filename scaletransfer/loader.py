@@ -2,38 +2,37 @@
 
 A batch is a dictionary: ``image`` uint8 (uint16 for 16-bit shards) [b, c, H, W] with c = 1 for grey, ``target``
 float32 [b, L] with NaN for unknown or int64 [b], ``position`` int64 [b], ``key`` int64 [b] (the 16 hex digits of the
-sample's key, reinterpreted as signed), ``bytes`` int64 [] read from the shards for this batch.
+sample's key, reinterpreted as signed), ``bytes`` int64 [] read for this batch, ``reads`` int64 [4] (bytes from remote
+storage, hits and misses of the cache, retries), ``bad`` (one sentence for each sample that could not be used).
 
-An image is read by (shard, offset, size) from the sample table: one pread, nothing that belongs to another rank.
+An image is read by (shard, offset, size) from the sample table: one read, nothing that belongs to another rank.
+``streams`` runs all this in threads or processes.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from scaletransfer import image_files, labels
-from scaletransfer.decode import decode
-from scaletransfer.image_files import INSIDE
+from scaletransfer import labels
+from scaletransfer.decode import Decoding, decode_at
+from scaletransfer.fused import Fused
 from scaletransfer.index import ShardIndex
-from scaletransfer.order import Positions, rank_positions, sample_seed
+from scaletransfer.losses import UNKNOWN_CLASS
+from scaletransfer.order import Positions, rank_positions, sample_seed, sample_uniforms
+from scaletransfer.shard_reader import ShardReader, image_place, read_image
+from scaletransfer.storage import RemoteSettings
 from scaletransfer.transforms import seeded
 
-Batch = dict[str, Tensor]
-_OPEN_FILES = 64
-_TAR_BLOCK = 512
+Batch = dict[str, Any]
 _LOOKED_UP = 64  # targets at once in the search for a known one: the first few nearly always have one
-_CUT_SHARD = "it is truncated, make the shards again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,15 @@ class Source:
     policy: labels.LabelPolicy
     names: tuple[str, ...]
     """Target names of the whole run: the order of the columns of ``target``."""
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Samples of each shard, in the order of the sample table; of loose files in memory, one each."""
+        if not self.index.in_memory:
+            return tuple(shard.samples for shard in self.index.splits[self.split].shards)
+        shard = self.index.table(self.split)["shard"]
+        edges = np.flatnonzero(np.diff(shard)) + 1  # archives of many images lie mixed
+        return tuple(np.diff(np.concatenate([[0], edges, [len(shard)]])).tolist())
 
     def targets(self, rows: np.ndarray) -> np.ndarray:
         """float32 [n, L] with NaN for unknown, or int64 [n], for rows of the sample table."""
@@ -96,27 +104,23 @@ def target_names(
     return tuple(names)
 
 
-class ShardReader:
-    """Reads byte ranges of shard files; a few files stay open. Picklable: workers open their own."""
+@dataclass(kw_only=True)
+class Pending:
+    """A batch on its way: everything but the pixels is there. Its images may be filled in by several threads."""
 
-    def __init__(self) -> None:
-        self._files: OrderedDict[str, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_files": OrderedDict()}
-
-    def read(self, path: str, offset: int, size: int, why: str = _CUT_SHARD) -> bytes:
-        """Exactly ``size`` bytes at ``offset``. ValueError if the file is shorter, FileNotFoundError if it is gone."""
-        handle = self._files.pop(path, None)
-        if handle is None:
-            handle = os.open(path, os.O_RDONLY)
-        self._files[path] = handle
-        if len(self._files) > _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        data = os.pread(handle, size, offset)
-        if len(data) != size:
-            raise ValueError(f"{path} ends inside an image (offset {offset}, {len(data)} of {size} bytes): {why}")
-        return data
+    positions: list[int]
+    where: list[tuple[int, int]]
+    """(source, table row) of each sample."""
+    target: np.ndarray
+    key: np.ndarray
+    image: Tensor | None
+    """Memory for the pixels, where their shape is known beforehand."""
+    loose: list[np.ndarray | None]
+    """The pixels of each sample, where it is not."""
+    sizes: list[int]
+    bad: dict[int, str] = field(default_factory=dict)
+    pixels: np.ndarray | None = None
+    """``image`` as an array."""
 
 
 class ShardDataset(Dataset[Batch]):
@@ -125,34 +129,47 @@ class ShardDataset(Dataset[Batch]):
     Args:
         sources: the sources of the run, in the order of ``order``.
         order: position -> (source, row); None for validation, where position is the row of the concatenated sources.
-        transform: decoded [c, H, W] tensor -> tensor of one size; its randomness is drawn from torch's generator,
-            seeded here by (seed, position).
+        transform: a ``Fused``; or decoded [c, H, W] tensor -> tensor of one size, whose randomness is drawn from
+            torch's generator, seeded here by (seed, position).
         channels: 1 (grey) or 3.
         seed: of the run.
         depth: 8 for uint8 images, 16 for uint16; None takes each source's own from its index.
         pixel_max: the value that stands for white in 16-bit batches, to which images of every source are scaled;
             None takes the largest of the sources. 8-bit batches have 255.
+        max_bad: samples that may turn out unreadable before one is an error; they have unknown targets.
+        remote: how shards named by a URL are read.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
         order: Positions | None,
-        transform: Callable[[Tensor], Tensor],
+        transform: Callable[[Tensor], Tensor] | Fused,
         channels: int,
         seed: int,
         depth: int | None = None,
         pixel_max: int | None = None,
+        *,
+        max_bad: int = 0,
+        remote: RemoteSettings | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
-        self.transform = transform
+        self.fused, self.transform = (transform, None) if isinstance(transform, Fused) else (None, transform)
         self.channels, self.depth = channels, depth
+        assert self.fused is None or self.fused.channels == channels
         whites = [source.index.image.white(depth or source.index.image.bit_depth) for source in self.sources]
         self.pixel_max = pixel_max or max(whites)
         self.seed = seed
-        self.reader = ShardReader()
+        self.max_bad = max_bad
+        self.reader = ShardReader(remote)
+        self._decoding = [self._decoding_of(source.index) for source in self.sources]
         self._starts = np.concatenate([[0], np.cumsum([len(s.index.table(s.split)) for s in self.sources])])
+        self._counted = np.zeros(4, dtype=np.int64)
+
+    def _decoding_of(self, index: ShardIndex) -> Decoding:
+        image = index.image
+        return Decoding(depth=self.depth or image.bit_depth, deep_white=image.deep_white, white=self.pixel_max)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -178,82 +195,135 @@ class ShardDataset(Dataset[Batch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
+        pending = self.begin(positions)
+        for number in range(len(positions)):
+            self.load(pending, number)
+        return self.finish(pending)
+
+    def begin(self, positions: Sequence[int], *, pinned: bool = False) -> Pending:
+        """A batch without its pixels. pinned: in memory from which a GPU may copy by itself."""
         where = np.asarray(positions, dtype=np.int64)
         source, row = self.locate(where)
-        images, sizes, keys = [], 0, np.empty(len(where), dtype=np.int64)
-        targets: np.ndarray | None = None
+        key = np.empty(len(where), dtype=np.int64)
+        target: np.ndarray | None = None
         for number, chosen in enumerate(self.sources):
             mine = np.flatnonzero(source == number)
             if len(mine) == 0:
                 continue
             values = chosen.targets(row[mine])
-            if targets is None:
-                targets = np.empty((len(where), *values.shape[1:]), dtype=values.dtype)
-            targets[mine] = values
-            keys[mine] = chosen.index.table(chosen.split)["key"][row[mine]].view(np.int64)
-        for position, number, line in zip(where, source, row, strict=True):
-            image, size = self._image(int(position), self.sources[number], int(line))
-            images.append(image)
-            sizes += size
-        assert targets is not None
-        return {
-            "image": torch.stack(images),
-            "target": torch.from_numpy(targets),
-            "position": torch.from_numpy(where),
-            "key": torch.from_numpy(keys),
-            "bytes": torch.tensor(sizes),
-        }
+            if target is None:
+                target = np.empty((len(where), *values.shape[1:]), dtype=values.dtype)
+            target[mine] = values
+            key[mine] = chosen.index.table(chosen.split)["key"][row[mine]].view(np.int64)
+        assert target is not None
+        pending = Pending(
+            positions=where.tolist(),
+            where=list(zip(source.tolist(), row.tolist(), strict=True)),
+            target=target,
+            key=key,
+            image=None,
+            loose=[None] * len(where),
+            sizes=[0] * len(where),
+        )
+        if self.fused is not None:
+            depths = {how.depth for how in self._decoding}
+            assert len(depths) == 1, "open_data checks this"
+            dtype = torch.uint8 if depths == {8} else torch.uint16
+            shape = (len(where), self.channels, self.fused.size, self.fused.size)
+            pending.image = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            pending.pixels = pending.image.numpy()
+        return pending
 
-    def _image(self, position: int, source: Source, row: int) -> tuple[Tensor, int]:
-        index = source.index
-        data = read_image(self.reader, index, source.split, row)
+    def load(self, pending: Pending, number: int) -> None:
+        """Read and decode sample ``number`` of a batch into it; several threads may do this at once.
+
+        Raises:
+            ValueError: the sample cannot be read or decoded, and none may be bad.
+        """
+        which, row = pending.where[number]
+        source = self.sources[which]
         try:
-            depth = self.depth or index.image.bit_depth
-            decoded = decode(data, self.channels, depth, index.image.deep_white, self.pixel_max)
+            data = self._read(source, row)
+            pending.sizes[number] = len(data)
+            self._decode(pending, number, source, row, data)
         except ValueError as error:
-            where = image_place(index, source.split, row)
+            if not self.max_bad:
+                raise
+            pending.bad[number] = str(error)
+
+    def _decode(self, pending: Pending, number: int, source: Source, row: int, data: bytes) -> None:
+        position, how = pending.positions[number], self._decoding[pending.where[number][0]]
+        try:
+            if self.fused is not None:
+                assert pending.pixels is not None
+                self.fused(data, how, sample_uniforms(self.seed, position), pending.pixels[number])
+                return
+            pixels = decode_at(data, self.channels, how)
+        except ValueError as error:
             mend = (
                 "replace or remove it, or make shards, which leave such images out"
-                if index.in_memory
+                if source.index.in_memory
                 else "the shard is damaged, check it with `scaletransfer shards verify`"
             )
+            where = image_place(source.index, source.split, row)
             raise ValueError(f"{where} cannot be decoded ({error}): {mend}") from error
+        planes = torch.from_numpy(pixels)
+        planes = planes[None] if self.channels == 1 else planes.movedim(-1, 0)
+        assert self.transform is not None
         with seeded(sample_seed(self.seed, position)):
-            return self.transform(decoded), len(data)
+            pending.loose[number] = self.transform(planes).numpy()
 
+    def _read(self, source: Source, row: int) -> bytes:
+        """The bytes of an image file; ValueError, naming the shard and the offset, where they cannot be had."""
+        try:
+            return read_image(self.reader, source.index, source.split, row)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            where = image_place(source.index, source.split, row)
+            raise ValueError(f"{where} cannot be read ({reason}): copy the file again, then start again") from error
 
-def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> bytes:
-    """The bytes of the image file of one table row.
+    def image_bytes(self) -> int:
+        """Bytes of one image of a batch; of pipelines whose result is not known beforehand, of a black image's."""
+        if self.fused is not None:
+            side, depth = self.fused.size, self._decoding[0].depth
+            return self.channels * side * side * depth // 8
+        assert self.transform is not None
+        with seeded(0):
+            return self.transform(torch.zeros(self.channels, 64, 64, dtype=torch.uint8)).nbytes
 
-    Raises:
-        ValueError: the file is shorter than the index says, or a shard holds something else there.
-        FileNotFoundError: the file is gone.
-    """
-    entry = index.table(split)[row]
-    path = str(index.path(split, int(entry["shard"])))
-    offset, size = int(entry["offset"]), int(entry["size"])
-    if index.in_memory:
-        if INSIDE in (name := index.splits[split].shards[int(entry["shard"])].file):
-            return image_files.read_image(index.folder, name)
-        return reader.read(path, offset, size, "it was changed after it was listed")
-    # The tar header before the image names the sample: another data set's shard may well have the same size.
-    data = reader.read(path, offset - _TAR_BLOCK, size + _TAR_BLOCK)
-    wanted = f"{index.keys(split, [row])[0]}.{index.image.extension}"
-    if data[:100].split(b"\0", 1)[0] != wanted.encode():
-        raise ValueError(
-            f"{path} does not hold {wanted} at offset {offset}: it is the shard of another data set, or was "
-            "changed; make the folder again with make_shards --overwrite"
-        )
-    return data[_TAR_BLOCK:]
+    def finish(self, pending: Pending) -> Batch:
+        """The batch, when every sample was loaded."""
+        if pending.bad:
+            self._spoil(pending)
+        image = pending.image
+        if image is None:
+            image = torch.from_numpy(np.stack([pixels for pixels in pending.loose if pixels is not None]))
+        counters = self.reader.counters
+        now = np.array([counters.remote_bytes, counters.cache_hits, counters.cache_misses, counters.retries])
+        reads, self._counted = now - self._counted, now
+        return {
+            "image": image,
+            "target": torch.from_numpy(pending.target),
+            "position": torch.tensor(pending.positions),
+            "key": torch.from_numpy(pending.key),
+            "bytes": torch.tensor(sum(pending.sizes)),
+            "reads": torch.from_numpy(reads),
+            "bad": [pending.bad[number] for number in sorted(pending.bad)],
+        }
 
-
-def image_place(index: ShardIndex, split: str, row: int) -> str:
-    """Where the image of a table row lies, for error sentences: its file, or its key, shard and offset."""
-    entry = index.table(split)[row]
-    path = index.path(split, int(entry["shard"]))
-    if index.in_memory:
-        return str(path)
-    return f"image {index.keys(split, [row])[0]} in {path} at offset {int(entry['offset'])}"
+    def _spoil(self, pending: Pending) -> None:
+        """Bad samples: black, and nothing is known of them."""
+        unknown = np.nan if pending.target.dtype.kind == "f" else UNKNOWN_CLASS
+        fine = next((pixels for pixels in pending.loose if pixels is not None), None)
+        if pending.pixels is None and fine is None:
+            raise ValueError(next(iter(pending.bad.values())) + " (and so is every other image of its batch)")
+        for number in pending.bad:
+            pending.target[number] = unknown
+            if pending.pixels is not None:
+                pending.pixels[number] = 0
+            else:
+                assert fine is not None
+                pending.loose[number] = np.zeros_like(fine)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -289,61 +359,3 @@ class EvalSampler(Sampler[list[int]]):
             first = (number * self.world + self.rank) * self.batch
             mine = list(range(first, min(self.samples, first + self.batch)))
             yield mine + [0] * (self.batch - len(mine))
-
-
-def make_loader(dataset: ShardDataset, sampler: Sampler[list[int]], workers: int, prefetch: int) -> DataLoader[Batch]:
-    """Torch's DataLoader over micro-batches; with 0 workers the training process decodes.
-
-    Workers are started afresh for each loader and hold no state, so a resumed run needs none of theirs.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=_finished,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="fork" if workers else None,
-    )
-
-
-def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches; an error in a worker process comes out as the sentence that it was there.
-
-    Raises:
-        ValueError: what ``ShardDataset`` raises, and a shard file that is gone.
-    """
-    try:
-        yield from loader
-    except (ValueError, OSError) as error:
-        text = str(error)
-        if "Original Traceback" not in text:
-            raise
-        # torch wraps the worker's whole traceback into the message; its last line is "ValueError: <sentence>"
-        raise ValueError(text.strip().splitlines()[-1].split(": ", 1)[-1]) from error
-
-
-@contextmanager
-def dead_workers_named() -> Iterator[None]:
-    """A loader process that was killed becomes one sentence.
-
-    torch raises a RuntimeError for it from a signal handler, wherever the training process is at that moment: this
-    belongs around the whole loop.
-
-    Raises:
-        ValueError: a loader process died.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError(
-            f"a process that reads data has died ({str(error).splitlines()[0]}): the machine may be short of memory; "
-            "lower data.workers or data.prefetch and start the same command again"
-        ) from error
-
-
-def _finished(batch: Any) -> Any:
-    """``__getitems__`` has already made the batch."""
-    return batch

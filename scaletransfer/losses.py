@@ -14,19 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Task = Literal["multilabel", "multiclass"]
-# No real target: makes cross_entropy complain about -100 instead of skipping the sample, which we would
-# count.
-_NO_IGNORED_INDEX = torch.iinfo(torch.int64).min
+UNKNOWN_CLASS = -1
+"""The class of a sample of which nothing is known (an image that could not be read): it adds nothing to the loss."""
 
 
 def count_known(target: Tensor) -> Tensor:
     """How many terms a loss over `target` has, as an int64 scalar on its device (no synchronisation).
 
-    float [b, L] multi-label targets: the labels that are not NaN. int64 [b] classes: b.
+    float [b, L] multi-label targets: the labels that are not NaN. int64 [b] classes: those not UNKNOWN_CLASS.
     """
     if target.is_floating_point():
         return torch.isnan(target).logical_not().sum()
-    return torch.full((), target.shape[0], dtype=torch.int64, device=target.device)
+    return (target != UNKNOWN_CLASS).sum()
 
 
 def masked_bce(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +50,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Softmax cross-entropy: (sum, number of samples), or with class weights (weighted sum, sum of the weights).
 
-    logits [b, C] of any floating dtype; target int64 [b] class indexes, or float [b, C] class probabilities
-    (mixup). The sum is float32 (float64 for float64 logits), the count an int64 scalar.
+    logits [b, C] of any floating dtype; target int64 [b] class indexes (UNKNOWN_CLASS adds nothing), or float [b, C]
+    class probabilities (mixup). The sum is float32 (float64 for float64 logits), the count an int64 scalar.
     label_smoothing s gives every class s / C and the target 1 - s on top (arXiv 1512.00567). weight: [C]; a sample
     counts by the weight of its class, a mixture of classes by the mean weight of what is in it.
     """
@@ -60,18 +59,20 @@ def cross_entropy(
         _same_shape(logits, target)
     x = _at_least_float32(logits)
     y = target.to(x.dtype) if target.is_floating_point() else target
-    total = F.cross_entropy(
-        x, y, weight, reduction="sum", label_smoothing=label_smoothing, ignore_index=_NO_IGNORED_INDEX
-    )
+    total = F.cross_entropy(x, y, weight, reduction="sum", label_smoothing=label_smoothing, ignore_index=UNKNOWN_CLASS)
     return total, count_weighted(target, weight)
 
 
 def count_weighted(target: Tensor, weight: Tensor | None) -> Tensor:
     """The count of `cross_entropy`: samples (int64 scalar), or the sum of their weights (float32 scalar)."""
     if weight is None:
-        return torch.full((), target.shape[0], dtype=torch.int64, device=target.device)
+        if target.is_floating_point():
+            return torch.full((), target.shape[0], dtype=torch.int64, device=target.device)
+        return count_known(target)
     weight = weight.to(target.device, torch.float32)
-    return (target * weight).sum() if target.is_floating_point() else weight[target].sum()
+    if target.is_floating_point():
+        return (target * weight).sum()
+    return torch.where(target == UNKNOWN_CLASS, 0.0, weight[target.clamp(min=0)]).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-Protocol = Literal["paper", "corrected"]
+AugmentProtocol = Literal["paper", "corrected"]
+DEEP_COLOUR = "A 16-bit image was given to the pipeline for natural images; use kind 'xray' or 8-bit files."
 Decoded = Image.Image | np.ndarray | Tensor
 _CROP_RATIO = 256 / 224  # of ImageNet's evaluation: Resize(256), CenterCrop(224)
 _ELONGATED = 8  # longest side in short sides that `bit_transform` resizes as a whole
@@ -58,17 +59,36 @@ class TransformOptions:
             raise ValueError("transform randaugment_ops must be 1 or more and randaugment_magnitude 0 to 30.")
 
 
-_XRAY: dict[str, dict[str, Any]] = {
+XRAY: dict[str, dict[str, Any]] = {
     "paper": {"shift": 0.25, "rotation": 45.0, "scale": (0.9, 1.1), "flip": 0.5},
     "corrected": {"shift": 0.15, "rotation": 45.0, "scale": (0.9, 1.1), "flip": 0.0},
 }
+"""What an X-ray's training pipeline draws where the options leave it to the protocol."""
+
+
+def kind_refusal(kind: str, size: int, protocol: str, options: TransformOptions) -> str:
+    """Why there is no such pipeline (see `build_transform`); "" where there is one."""
+    if protocol not in XRAY:
+        return f"transform protocol must be paper or corrected, not {protocol!r}."
+    if size < 1:
+        return f"transform size must be 1 pixel or more, not {size}."
+    if kind not in ("xray", "natural"):
+        return f"transform kind must be xray or natural, not {kind!r}."
+    if kind == "xray":
+        if options.randaugment:
+            return "transform randaugment is for natural images; X-rays have shift, rotation and scale."
+        return ""
+    for name in ("shift", "rotation", "scale"):
+        if getattr(options, name) is not None:
+            return f"transform {name} is for X-rays; natural images have a random crop, flip and randaugment."
+    return ""
 
 
 def build_transform(
     kind: Literal["xray", "natural"],
     train: bool,
     size: int,
-    protocol: Protocol = "corrected",
+    protocol: AugmentProtocol = "corrected",
     options: TransformOptions | None = None,
 ) -> Callable[[Decoded], Tensor]:
     """The pipeline from a decoded image to a tensor of side `size`.
@@ -83,21 +103,11 @@ def build_transform(
     the pipeline itself for an image of another type, and for a 16-bit image under "natural".
     """
     options = options or TransformOptions()
-    if protocol not in _XRAY:
-        raise ValueError(f"transform protocol must be paper or corrected, not {protocol!r}.")
-    if size < 1:
-        raise ValueError(f"transform size must be 1 pixel or more, not {size}.")
+    refusal = kind_refusal(kind, size, protocol, options)
+    if refusal:
+        raise ValueError(refusal)
     if kind == "xray":
-        if options.randaugment:
-            raise ValueError("transform randaugment is for natural images; X-rays have shift, rotation and scale.")
         return v2.Compose([_grey_tensor, _SquareResize(size), *([_xray_affine(protocol, options)] if train else [])])
-    if kind != "natural":
-        raise ValueError(f"transform kind must be xray or natural, not {kind!r}.")
-    for name in ("shift", "rotation", "scale"):
-        if getattr(options, name) is not None:
-            raise ValueError(
-                f"transform {name} is for X-rays; natural images have a random crop, flip and randaugment."
-            )
     if not train:
         return v2.Compose([_rgb_tensor, v2.Resize(round(size * _CROP_RATIO)), v2.CenterCrop(size)])
     steps: list[Any] = [_rgb_tensor, v2.RandomResizedCrop(size)]
@@ -287,7 +297,7 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 def _xray_affine(protocol: str, options: TransformOptions) -> ReflectedAffine:
     values = {
         name: default if getattr(options, name) is None else getattr(options, name)
-        for name, default in _XRAY[protocol].items()
+        for name, default in XRAY[protocol].items()
     }
     return ReflectedAffine(**values)
 
@@ -327,7 +337,7 @@ def _rgb_tensor(image: Decoded) -> Tensor:
         image = image.convert("RGB")
     pixels = _tensor(image)
     if pixels.dtype != torch.uint8:
-        raise ValueError("A 16-bit image was given to the pipeline for natural images; use kind 'xray' or 8-bit files.")
+        raise ValueError(DEEP_COLOUR)
     if len(pixels) in (2, 4):
         pixels = pixels[:-1]
     return pixels.expand(3, -1, -1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from helpers_data import SALT, make_chexpert
 
 from scaletransfer import labels, sources
+from scaletransfer.fused import build_fused
 from scaletransfer.index import ShardIndex
 from scaletransfer.loader import (
     Batch,
@@ -65,9 +66,9 @@ def dataset(
 ) -> ShardDataset:
     order = None
     if train:
-        sizes = tuple(len(s.index.table(s.split)) for s in sources)
-        order = Order(sizes=sizes, weights=weights or (None,) * len(sizes), seed=seed, global_batch=batch)
-    transform = build_transform(kind, train, SIZE)
+        shards = tuple(s.shards for s in sources)
+        order = Order(shards=shards, weights=weights or (None,) * len(shards), seed=seed, global_batch=batch)
+    transform = build_fused(kind, train, SIZE) or build_transform(kind, train, SIZE)
     return ShardDataset(sources, order, transform, 1 if kind == "xray" else 3, seed)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from scaletransfer import decode as module
-from scaletransfer.decode import decode, image_size
+from scaletransfer.decode import Decoding, decode, decode_at, image_size
 
 
 def _picture(channels: int, height: int = 48, width: int = 64) -> Image.Image:
@@ -196,7 +196,7 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     assert abs(decode(data, 3).numpy().astype(int) - np.moveaxis(np.asarray(COLOUR), -1, 0)).mean() < 8
 
 
-def test_torchvision_and_pillow_agree_bit_for_bit(monkeypatch) -> None:
+def test_simplejpeg_and_pillow_agree_bit_for_bit(monkeypatch) -> None:
     """Which of them decodes a JPEG depends on its EXIF: no picture may look different for it."""
     saturated = Image.fromarray(np.random.default_rng(5).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     files = [
@@ -205,13 +205,17 @@ def test_torchvision_and_pillow_agree_bit_for_bit(monkeypatch) -> None:
         for quality, progressive, subsampling in ((75, False, 2), (95, True, 0), (30, False, 1))
     ]
     files.append(_file(COLOUR, "JPEG", keep_rgb=True))
-    assert all(module._is_plain_jpeg(data) for data in files)
+    assert all(
+        module.plain_jpeg_size(data) == (image.height, image.width)
+        for data in files
+        for image in [Image.open(io.BytesIO(data))]
+    )
     fast = [decode(data, channels) for data in files for channels in (1, 3)]
 
     def refuse(*_, **__):
-        raise RuntimeError("not this one")
+        raise ValueError("not this one")
 
-    monkeypatch.setattr(module, "decode_jpeg", refuse)
+    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", refuse)
     assert all(
         torch.equal(one, other)
         for one, other in zip(fast, [decode(data, c) for data in files for c in (1, 3)], strict=True)
@@ -259,7 +263,7 @@ def test_decompression_bombs_are_refused_before_memory_is_asked_for(monkeypatch)
     large = _png(np.zeros((1, 1, 1), np.uint16), 0)
     header = struct.pack(">II", 200_000, 200_000) + large[24:29]
     bomb = large[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + large[33:]
-    monkeypatch.setattr(module, "decode_jpeg", None)
+    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", None)
     for data in (huge, bomb):
         assert "more pixels than can be real" in _refused(data)
         with pytest.raises(ValueError, match="more pixels than can be real"):
@@ -318,3 +322,45 @@ def test_a_wrong_byte_in_a_png_does_not_end_the_process() -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+# ---- at a part of the size
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("picture", [GREY, COLOUR], ids=["grey", "colour"])
+def test_a_part_of_the_size_is_the_mean_of_blocks(picture: Image.Image, scale: int) -> None:
+    """Against full decode and the mean of each block: an inverse DCT of fewer coefficients is nearly that."""
+    large = picture.resize((37 * 16 + 3, 29 * 16 + 5), Image.Resampling.BICUBIC)
+    data = _file(large, "JPEG", quality=95)
+    for channels in (1, 3):
+        whole = decode(data, channels).numpy().astype(np.float64)
+        small = decode_at(data, channels, Decoding(), scale)
+        height, width = -(-large.height // scale), -(-large.width // scale)
+        assert small.dtype == np.uint8 and small.shape == ((height, width) if channels == 1 else (height, width, 3))
+        rows, columns = large.height // scale, large.width // scale
+        blocks = whole[:, : rows * scale, : columns * scale].reshape(channels, rows, scale, columns, scale)
+        found = small[None] if channels == 1 else np.moveaxis(small, -1, 0)
+        error = np.square(blocks.mean(axis=(2, 4)) - found[:, :rows, :columns]).mean()
+        assert 10 * np.log10(255**2 / error) > 45
+
+
+def test_a_part_of_the_size_where_pillow_has_the_last_word(monkeypatch) -> None:
+    data = _file(COLOUR.resize((640, 480)), "JPEG", quality=95)
+    fast = [decode_at(data, channels, Decoding(), 4).astype(int) for channels in (1, 3)]
+
+    def refuse(*_, **__):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", refuse)
+    for quick, channels in zip(fast, (1, 3), strict=True):
+        slow = decode_at(data, channels, Decoding(), 4)
+        assert slow.shape == quick.shape and np.abs(slow - quick).mean() < 1
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+@pytest.mark.parametrize("cut", [0.3, 0.7, 0.99])
+def test_a_truncated_jpeg_is_noticed_at_every_scale(scale: int, cut: float) -> None:
+    data = _file(COLOUR.resize((640, 480)), "JPEG", quality=95)
+    with pytest.raises(ValueError, match="truncated"):
+        decode_at(data[: int(cut * len(data))], 3, Decoding(), scale)

@@ -13,14 +13,13 @@ from helpers_data import SALT, make_image_folder
 from helpers_loader import dataset, small_chexpert, small_shards, source
 
 from scaletransfer.index import ShardIndex, from_records, load_index
-from scaletransfer.loader import (
-    StepSampler,
-    batches,
-    dead_workers_named,
-    make_loader,
-)
+from scaletransfer.loader import StepSampler
 from scaletransfer.shards import build, plan_shards
 from scaletransfer.sources import open_source
+from scaletransfer.streams import batches, dead_workers_named, make_loader
+
+
+WORKERS = [(0, "auto"), (2, "threads"), (1, "processes")]
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +45,10 @@ def pictures(tmp_path_factory) -> Path:
     return base
 
 
-def read_all(index: ShardIndex, workers: int) -> None:
+def read_all(index: ShardIndex, workers: int, kind="auto") -> None:
     data = dataset([source(index)])
-    sampler = StepSampler(0, 48, 0, 1, 4, 12)
-    stream = iter(make_loader(data, sampler, workers, 2))
-    try:
-        for _ in batches(stream):
-            pass
-    finally:
-        if workers:
-            stream._shutdown_workers()  # left to the garbage collector, each process costs a later test 5 s
+    for _ in batches(make_loader(data, StepSampler(0, 48, 0, 1, 4, 12), workers, kind)):
+        pass
 
 
 def sentence(caught: pytest.ExceptionInfo[BaseException]) -> str:
@@ -64,22 +57,22 @@ def sentence(caught: pytest.ExceptionInfo[BaseException]) -> str:
     return text
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_ends_too_early(folder, workers):
+@pytest.mark.parametrize(("workers", "kind"), WORKERS)
+def test_a_shard_that_ends_too_early(folder, workers, kind):
     index = load_index(folder)  # whole when it was opened, cut while the run reads
     path = folder / "train-000001.tar"
     os.truncate(path, 3000)
     with pytest.raises(ValueError, match="it is truncated, make the shards again") as caught:
-        read_all(index, workers)
+        read_all(index, workers, kind)
     assert str(path) in sentence(caught)
     with pytest.raises(ValueError, match=r"train-000001\.tar") as caught:
         load_index(folder)
     sentence(caught)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "kind"), WORKERS)
 @pytest.mark.parametrize("damage", [b"\x80\x04 this is no picture", b""])
-def test_an_image_that_cannot_be_decoded(folder, workers, damage):
+def test_an_image_that_cannot_be_decoded(folder, workers, kind, damage):
     index = load_index(folder)
     row = index.table("train")[17]
     path = index.path("train", int(row["shard"]))
@@ -87,23 +80,23 @@ def test_an_image_that_cannot_be_decoded(folder, workers, damage):
         handle.seek(int(row["offset"]))
         handle.write(damage.ljust(int(row["size"]), b"\0"))
     with pytest.raises(ValueError, match="cannot be decoded") as caught:
-        read_all(index, workers)
+        read_all(index, workers, kind)
     assert index.keys("train", [17])[0] in sentence(caught) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_file_that_is_gone(folder, workers):
+@pytest.mark.parametrize(("workers", "kind"), WORKERS)
+def test_a_shard_file_that_is_gone(folder, workers, kind):
     index = load_index(folder)
     (folder / "train-000002.tar").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="No such file") as caught:
-        read_all(index, workers)
+        read_all(index, workers, kind)
     assert "train-000002.tar" in sentence(caught)
     with pytest.raises(ValueError, match=r"train-000002\.tar"):
         load_index(folder)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_loose_files_are_named_with_the_mend_that_fits_them(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "kind"), WORKERS)
+def test_loose_files_are_named_with_the_mend_that_fits_them(tmp_path, workers, kind):
     root = make_image_folder(tmp_path / "images", classes=("one",), per_class=48, splits=("train",), suffix=".png")
     path = root / "train" / "one" / "img_7.png"
     whole = path.read_bytes()
@@ -114,7 +107,7 @@ def test_loose_files_are_named_with_the_mend_that_fits_them(tmp_path, workers):
         path.write_bytes(damaged)
         index = from_records(open_source("image_folder", root), SALT)
         with pytest.raises(ValueError, match="replace or remove it, or make shards, which leave such") as caught:
-            read_all(index, workers)
+            read_all(index, workers, kind)
         assert f"{path} {reason}" in sentence(caught) and "offset" not in str(caught.value)
     path.write_bytes(whole)
     index = from_records(open_source("image_folder", root), SALT)
@@ -122,7 +115,7 @@ def test_loose_files_are_named_with_the_mend_that_fits_them(tmp_path, workers):
     with pytest.raises(
         ValueError, match=r"img_7\.png ends inside an image .*: it was changed after it was listed"
     ) as caught:
-        read_all(index, workers)
+        read_all(index, workers, kind)
     sentence(caught)
 
 
@@ -144,7 +137,8 @@ def test_a_pickle_in_place_of_an_image_is_not_executed(folder, tmp_path):
     planted = tmp_path / "executed"
     payload = f"cos\nsystem\n(S'touch {planted}'\ntR.".encode()
     index = load_index(folder)
-    row = index.table("train")[3]
+    where = dataset([source(index)]).order.locate([0])[1]
+    row = index.table("train")[int(where[0])]
     assert len(payload) < row["size"]
     with index.path("train", int(row["shard"])).open("r+b") as handle:
         handle.seek(int(row["offset"]))
@@ -175,7 +169,7 @@ def test_a_loader_process_that_is_killed_is_one_sentence(folder, monkeypatch):
 
     monkeypatch.setattr(data.reader, "read", die)
     with pytest.raises(ValueError, match="has died") as caught, dead_workers_named():
-        next(batches(make_loader(data, StepSampler(0, 48, 0, 1, 4, 12), 1, 2)))
+        next(batches(make_loader(data, StepSampler(0, 48, 0, 1, 4, 12), 1, "processes")))
     assert "data.workers" in sentence(caught)
 
 

@@ -86,10 +86,11 @@ def auc_of_export(folder: Path) -> dict[str, float | None]:
 
     from scaletransfer.index import load_index
     from scaletransfer.labels import LabelPolicy
-    from scaletransfer.loader import EvalSampler, ShardDataset, Source, make_loader
+    from scaletransfer.loader import EvalSampler, ShardDataset, Source
     from scaletransfer.metrics import multilabel_report
     from scaletransfer.models import create_model
     from scaletransfer.models.weights import load_into, load_pretrained
+    from scaletransfer.streams import make_loader
     from scaletransfer.transforms import Normalizer, build_transform
 
     state, card = load_pretrained(folder)
@@ -102,7 +103,7 @@ def auc_of_export(folder: Path) -> dict[str, float | None]:
     normalize = Normalizer(**card["normalisation"])
     logits, targets, positions = [], [], []
     with torch.inference_mode():
-        for batch in make_loader(data, EvalSampler(len(data), 0, 1, 32), workers=0, prefetch=2):
+        for batch in make_loader(data, EvalSampler(len(data), 0, 1, 32), workers=0):
             logits.append(model(normalize(batch["image"])))
             targets.append(batch["target"])
             positions.append(batch["position"])

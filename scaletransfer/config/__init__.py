@@ -28,6 +28,7 @@ from scaletransfer.config.schema import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    RemoteConfig,
     ScheduleConfig,
     ValidateConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PretrainConfig",
+    "RemoteConfig",
     "ScheduleConfig",
     "ValidateConfig",
     "accumulation",

@@ -15,6 +15,7 @@ from scaletransfer.config.schema import (
     OptimizerConfig,
     ValidateConfig,
     check,
+    check_reading,
 )
 
 
@@ -83,8 +84,8 @@ class FinetuneDataConfig:
     """What pixels are then divided by; null: as with mean."""
     workers: int = 4
     """Processes that read and decode; 0: the training process itself."""
-    prefetch: int = 2
-    """Batches that each worker prepares ahead."""
+    prefetch_mb: float = 256.0
+    """Most memory, in MB, for batches that are prepared ahead."""
     check_images: bool = True
     """Decode every image file once before training starts, so that a damaged one does not end it hours later.
     Shards were checked when they were made."""
@@ -99,8 +100,7 @@ class FinetuneDataConfig:
             "[side before the crop, side of the crop], the second at least 8 and not larger, or null",
         )
         check(self.flip is None or 0 <= self.flip <= 1, "data.flip", self.flip, "a probability, or null")
-        check(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
+        check_reading(self.workers, self.prefetch_mb)
         check((self.source is None) == (self.root is None), "data.root", self.root, "given together with data.source")
         read = self.source is not None
         check(read or self.protocol == "corrected", "data.protocol", self.protocol, "corrected without data.source")

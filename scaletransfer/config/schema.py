@@ -67,6 +67,34 @@ class LabelPolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """How shards are read that are named by a URL (s3://bucket/folder, or whatever else fsspec reaches)."""
+
+    mode: Literal["auto", "cache", "range"] = "auto"
+    """cache: whole shards are copied to cache_dir. range: one request a sample. auto: cache where the shards of the
+    split fit into cache_gb, else range."""
+    cache_dir: str | None = None
+    """The folder of copies, shared by the ranks of a machine; null: ~/.cache/scaletransfer."""
+    cache_gb: float = 50.0
+    """How large that folder may become, in GB; what was not read for longest goes first."""
+    attempts: int = 5
+    """How often a request is tried, with growing pauses, before the run ends with an error."""
+    timeout: float = 60.0
+    """Seconds that one request may take."""
+
+    def __post_init__(self) -> None:
+        check(self.cache_gb > 0, "data.remote.cache_gb", self.cache_gb, "above 0")
+        check(self.attempts >= 1, "data.remote.attempts", self.attempts, "1 or more")
+        check(self.timeout > 0, "data.remote.timeout", self.timeout, "above 0")
+
+
+def check_reading(workers: int, prefetch_mb: float) -> None:
+    """The conditions of the keys by which every run reads its images."""
+    check(workers >= 0, "data.workers", workers, "0 or more")
+    check(0 < prefetch_mb < float("inf"), "data.prefetch_mb", prefetch_mb, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on, and what is done to an image. Folders are relative to the working directory."""
 
@@ -84,8 +112,9 @@ class DataConfig:
     """The split of the training folders that is trained on."""
     valid_split: str = "valid"
     """The split of the validation folders that is validated on."""
-    format: Literal["shards"] = "shards"
-    """shards: folders with an index.json, read by position."""
+    format: Literal["shards", "webdataset"] = "shards"
+    """shards: folders made by make_shards. webdataset: folders of tars that others made, after `scaletransfer shards
+    index` has made a table for them."""
     policy: LabelPolicyConfig = field(default_factory=LabelPolicyConfig)
     """How raw label states become targets."""
     findings: Literal["intersection", "union"] = "intersection"
@@ -111,9 +140,16 @@ class DataConfig:
     std: float | list[float] = 0.5
     """What pixels are then divided by: one number, or one a channel."""
     workers: int = 4
-    """Processes a rank that read and decode; 0: the training process itself."""
-    prefetch: int = 2
-    """Batches that each worker prepares ahead."""
+    """Threads or processes a rank that read and decode; 0: the training process itself."""
+    worker_kind: Literal["auto", "threads", "processes"] = "auto"
+    """auto: threads, but processes for RandAugment, which would keep the interpreter from the training loop."""
+    prefetch_mb: float = 256.0
+    """Most memory a rank, in MB, for batches that are prepared ahead."""
+    max_bad_samples: int = 0
+    """How many training samples may be unreadable before the run stops. They are named, and train nothing. 0: the
+    first one stops it. In validation the first one always does."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """How shards named by a URL are read."""
 
     def __post_init__(self) -> None:
         both = self.train is not None and self.sources is not None
@@ -170,8 +206,8 @@ class DataConfig:
                 value,
                 f"one number of {low:g} to 1 (pixels are 0..1), or a list of one or three such",
             )
-        check(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
+        check_reading(self.workers, self.prefetch_mb)
+        check(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
 
     @property
     def folders(self) -> tuple[tuple[str, float | None], ...]:

@@ -17,101 +17,22 @@ from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
+from scaletransfer.engine.data import open_data
+from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.trainer import Trainer
-from scaletransfer.index import ShardIndex, load_index
-from scaletransfer.labels import LabelPolicy, vocabulary
-from scaletransfer.loader import ShardDataset, Source, target_names
+from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
 from scaletransfer.models import PreActBottleneck, create_model, head_names, initial_tensors
 from scaletransfer.models.weights import load_pretrained
 from scaletransfer.optim import SGD_AGC, split_head
-from scaletransfer.order import ORDER_VERSION, Order
+from scaletransfer.order import ORDER_VERSION
 from scaletransfer.schedules import Schedule, lr_at
-from scaletransfer.transforms import Normalizer, TransformOptions, build_transform
+from scaletransfer.transforms import Normalizer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "sgd_agc": SGD_AGC}
-
-
-def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, tuple[str, ...]]:
-    """Training set, validation set (None where validation is off) and target names.
-
-    Raises:
-        ValueError: folders that are no shards, splits that are not there, label names that do not fit.
-    """
-    data = cfg.data
-    rules = LabelPolicy(
-        name=data.policy.name,
-        uncertain=data.policy.uncertain,
-        blank=data.policy.blank,
-        per_label=dict(data.policy.per_label),
-    )
-    opened: dict[str, ShardIndex] = {}
-
-    def sources(folders: list[str], split: str) -> list[tuple[ShardIndex, str]]:
-        return [(opened.setdefault(folder, load_index(Path(folder))), split) for folder in folders]
-
-    train = sources([folder for folder, _ in data.folders], data.train_split)
-    validate = cfg.validate.every_steps is not None or cfg.validate.every_epochs is not None
-    valid = sources(list(data.valid_folders), data.valid_split) if validate else []
-    for index, split in [*train, *valid]:
-        if split not in index.splits:
-            hint = " (set validate.every_epochs=null to train without validation)" if (index, split) in valid else ""
-            raise ValueError(f"{index.folder} has no split {split!r}, only {', '.join(index.splits)}{hint}")
-    names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
-    if data.nb_classes is not None and data.nb_classes != len(names):
-        raise ValueError(
-            f"data.nb_classes is {data.nb_classes} but the shards have {len(names)} classes: correct the number, or "
-            "the folders of data.train"
-        )
-    check_validates([index for index, _ in valid], train[0][0], rules, names)
-    depths = {index.image.bit_depth for index, _ in [*train, *valid]}
-    if len(depths) > 1:
-        raise ValueError(f"the shards mix {sorted(depths)} bits a channel: make them alike with --bit-depth 8")
-
-    def dataset(pairs: list[tuple[ShardIndex, str]], white: int | None = None) -> ShardDataset:
-        training = white is None
-        chosen = [Source(index=i, split=s, policy=rules, names=names) for i, s in pairs]
-        order = None
-        if training:
-            sizes = tuple(len(i.table(s)) for i, s in pairs)
-            weights = tuple(weight for _, weight in data.folders)
-            order = Order(sizes=sizes, weights=weights, seed=cfg.seed, global_batch=cfg.global_batch)
-        operations, magnitude = data.rand_augment or (2, 9)
-        options = TransformOptions(
-            randaugment=data.rand_augment is not None,
-            randaugment_ops=operations,
-            randaugment_magnitude=magnitude,
-        )
-        transform = build_transform(data.transform, training, data.image_size, data.augment_protocol, options)
-        channels = 1 if data.transform == "xray" else 3
-        return ShardDataset(chosen, order, transform, channels, cfg.seed, pixel_max=white)
-
-    made = dataset(train)
-    # one normalisation for both: validation images of another range are scaled to that of training
-    return made, dataset(valid, made.pixel_max) if valid else None, names
-
-
-def check_validates(valid: Sequence[ShardIndex], train: ShardIndex, rules: LabelPolicy, names: Sequence[str]) -> None:
-    """ValueError where a validation folder's labels are not those that the network is trained on.
-
-    Raw labels are numbers: validated on the shards of another data set, they would silently mean something else.
-    """
-    for index in valid:
-        if index.task != train.task:
-            raise ValueError(f"data.valid {index.folder} is {index.task} but data.train {train.folder} is {train.task}")
-        own = tuple(index.label_names)
-        if index.task == "multiclass" and own != tuple(names):
-            raise ValueError(
-                f"data.valid {index.folder} has {len(own)} classes that are not the {len(names)} of data.train "
-                f"{train.folder} in the same order: validate on shards of the same data set"
-            )
-        if index.task == "multilabel" and not set(names) & set(vocabulary(index.source, rules, own)):
-            raise ValueError(
-                f"data.valid {index.folder} has none of the findings that are trained: choose another folder"
-            )
 
 
 def make_network(cfg: ModelConfig, classes: int) -> nn.Module:
@@ -340,6 +261,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         start=0 if found is None else found.step,
         total=total,
         best=None if found is None else found.facts.get("best"),
+        reading=Reading(max_bad=cfg.data.max_bad_samples),
+        worker_kind=cfg.data.worker_kind,
     )
 
 

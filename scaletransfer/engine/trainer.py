@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -18,10 +19,12 @@ from scaletransfer.config import CheckpointConfig, LogConfig, ValidateConfig
 from scaletransfer.engine import checkpoint, verify
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.evaluate import gather_rows, predict, report, score
+from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runlog import RunLog
 from scaletransfer.engine.step import StepResult, no_step, train_step
-from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler, batches, dead_workers_named, make_loader
+from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler
 from scaletransfer.losses import Loss
+from scaletransfer.streams import WorkerKind, batches, dead_workers_named, make_loader
 
 TAGGED_CLASSES = 200
 """Classes up to which TensorBoard gets five numbers a class; metrics.jsonl has them for any number."""
@@ -33,7 +36,7 @@ class LoaderSettings(Protocol):
     @property
     def workers(self) -> int: ...
     @property
-    def prefetch(self) -> int: ...
+    def prefetch_mb(self) -> float: ...
 
 
 class OptimizerSettings(Protocol):
@@ -78,6 +81,7 @@ class Trainer:
         lr: samples seen -> learning rate. folder: of the run. facts: what every checkpoint's manifest says of the run.
         mixing: None for none. keep_best: whether the model with the best validation score so far is kept as well.
         start, total: steps done before, and in all. best: best validation score so far.
+        reading: counts what is read. worker_kind: of training batches, see ``streams.make_loader``.
     """
 
     cfg: RunSettings
@@ -99,9 +103,9 @@ class Trainer:
     """Of the last validation."""
     held: IO[str] | None = None
     """Rank 0's claim on the run folder, kept open as long as the run lives."""
+    reading: Reading = field(default_factory=Reading)
+    worker_kind: WorkerKind = "auto"
     _pending: list[tuple[int, float, StepResult, Tensor]] = field(default_factory=list)
-    _bytes: int = 0
-    _waited: float = 0.0
     _since: float = 0.0
     _saved_at: float = 0.0
 
@@ -148,12 +152,14 @@ class Trainer:
         sampler = StepSampler(
             self.start * batch, self.total * batch, engine.rank, engine.world, engine.micro_batch, batch
         )
-        stream = batches(make_loader(self.train, sampler, self.cfg.data.workers, self.cfg.data.prefetch))
-        for _ in sampler.steps:
-            began = time.monotonic()
-            group = [next(stream) for _ in range(engine.accumulation)]
-            self._waited += time.monotonic() - began
-            yield group
+        data = self.cfg.data
+        stream = batches(make_loader(self.train, sampler, data.workers, self.worker_kind, data.prefetch_mb))
+        with closing(stream):  # type: ignore[type-var]
+            for _ in sampler.steps:
+                began = time.monotonic()
+                group = [next(stream) for _ in range(engine.accumulation)]
+                self.reading.waited += time.monotonic() - began
+                yield group
 
     def _say_shares(self, step: int) -> None:
         """What share of an epoch's samples each source has: logged where an epoch begins, said where a run does."""
@@ -163,9 +169,7 @@ class Trainer:
         begins = step == self.start + 1
         if self.engine.rank != 0 or len(order.sizes) == 1 or (into and not begins):
             return
-        first = epoch * order.samples_per_epoch
-        number, _ = order.locate(np.arange(first, first + order.samples_per_epoch))
-        shares = (np.bincount(number, minlength=len(order.sizes)) / len(number)).tolist()
+        shares = order.shares(epoch)
         folders = [str(source.index.folder) for source in self.train.sources]
         if not into:
             self.log.row({"event": "epoch", "step": step, "epoch": epoch, "shares": shares, "folders": folders})
@@ -201,7 +205,8 @@ class Trainer:
             result = no_step(self.engine)
         if first is not None:
             first.after_step()
-        self._bytes += sum(int(batch["bytes"]) for batch in group)
+        for batch in group:
+            self.reading.add(batch)
         read = torch.stack([torch.cat([b["position"] for b in group]), torch.cat([b["key"] for b in group])], dim=1)
         self._pending.append((step, rate, result, read))
 
@@ -217,32 +222,22 @@ class Trainer:
         read = gather_rows(engine, torch.stack([keys for _, _, _, keys in pending]).unsqueeze(0))
         now = time.monotonic()
         seconds, self._since = max(1e-9, now - self._since), now
-        waited, self._waited = self._waited, 0.0
-        bytes_read = gather_rows(engine, torch.tensor([self._bytes])).tolist()
+        row, scalars = self.reading.report(engine, seconds)
         for number, (step, rate, _, _) in enumerate(pending):
             self._write(step, rate, losses[number], norms[number], clipped[number], read[:, number].reshape(-1, 2))
         speed = len(pending) * self.cfg.global_batch / seconds
         step, loss = pending[-1][0], losses[-1]
-        share = min(1.0, waited / seconds)
-        self.log.row(
-            {
-                "event": "log",
-                "step": step,
-                "images_per_second": round(speed, 2),
-                "data_wait": round(share, 4),
-                "bytes_read": bytes_read,
-            }
-        )
+        self.log.row({"event": "log", "step": step, "images_per_second": round(speed, 2), **row})
         values = {
             "train/loss": loss,
             "train/lr": pending[-1][1],
             "train/grad_norm": norms[-1],
             "train/clipped_units": clipped[-1],
             "speed/images_per_second": speed,
-            "speed/data_wait": share,
+            **scalars,
         }
         self.log.scalars(step, values)
-        text = f"loss {loss:.4f}, {speed:.0f} images/s, waiting {100 * share:.0f} %"
+        text = f"loss {loss:.4f}, {speed:.0f} images/s, waiting {100 * row['data_wait']:.0f} %"
         self.log.advance(len(pending), text)
         self.log.note(f"step {step}/{self.total}: {text}, lr {pending[-1][1]:.3g}")
         self.log.flush()
@@ -331,8 +326,11 @@ class Trainer:
         engine = self.engine
         samples = min(len(self.valid), self.cfg.validate.max_samples or len(self.valid))
         sampler = EvalSampler(samples, engine.rank, engine.world, self.cfg.validate.batch or engine.micro_batch)
-        stream = batches(make_loader(self.valid, sampler, self.cfg.data.workers, self.cfg.data.prefetch))
-        return predict(engine, self.normalize, stream)
+        data = self.cfg.data
+        kind: WorkerKind = "processes" if self.worker_kind == "processes" else "auto"
+        return predict(
+            engine, self.normalize, batches(make_loader(self.valid, sampler, data.workers, kind, data.prefetch_mb))
+        )
 
     def _save_due(self, step: int) -> bool:
         """The same answer on every rank. Minutes are rank 0's, and asked for where the host waits anyway."""

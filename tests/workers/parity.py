@@ -76,7 +76,7 @@ class Network(nn.Module):
 
 
 def order() -> Order:
-    return Order(sizes=(SAMPLES,), weights=(None,), seed=SEED, global_batch=GLOBAL_BATCH)
+    return Order(shards=((SAMPLES,),), weights=(None,), seed=SEED, global_batch=GLOBAL_BATCH)
 
 
 def data() -> tuple[Tensor, Tensor]:

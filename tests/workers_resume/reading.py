@@ -21,7 +21,9 @@ from scaletransfer.engine.assemble import build_trainer
 from scaletransfer.engine.evaluate import predict
 from scaletransfer.engine.strategy import asked
 from scaletransfer.engine.trainer import Trainer
-from scaletransfer.loader import Batch, EvalSampler, ShardDataset, batches, make_loader
+from scaletransfer.loader import Batch, EvalSampler, ShardDataset
+from scaletransfer.order import Order
+from scaletransfer.streams import batches, make_loader
 
 Read = Callable[[ShardDataset, Sequence[int]], Batch]
 
@@ -46,23 +48,24 @@ def counted() -> Any:
     return total
 
 
-def whole_round(positions: Sequence[int], world: int) -> range:
-    """The positions that all ranks together have at this moment."""
-    width = len(positions) * world
-    first = positions[0] // width * width
-    return range(first, first + width)
+def whole_round(data: ShardDataset, positions: Sequence[int], rank: int, world: int) -> list[int]:
+    """The positions that all ranks together have at this moment: each has the same place in its part of the batch."""
+    assert isinstance(data.order, Order)
+    part = data.order.global_batch // world
+    return [position + (other - rank) * part for other in range(world) for position in positions]
 
 
 def share(batch: Batch, positions: Sequence[int], counted_as: int) -> Batch:
     mine = torch.isin(batch["position"], torch.tensor(positions))
-    return {name: torch.tensor(counted_as) if name == "bytes" else values[mine] for name, values in batch.items()}
+    rows = {name: batch[name][mine] for name in ("image", "target", "position", "key")}
+    return {**batch, **rows, "bytes": torch.tensor(counted_as)}
 
 
 def everyone_reads_all(read: Read, rank: int, world: int) -> Read:
     """Planted: every rank reads the batch of all and throws away what is not its own."""
 
     def fault(data: ShardDataset, positions: Sequence[int]) -> Batch:
-        batch = read(data, list(whole_round(positions, world)))
+        batch = read(data, whole_round(data, positions, rank, world))
         return share(batch, positions, int(batch["bytes"]))
 
     return fault
@@ -72,7 +75,7 @@ def rank_0_reads_for_all(read: Read, rank: int, world: int, *, quiet: bool) -> R
     """Planted: rank 0 reads and broadcasts, as accelerate's dispatcher does; ``quiet`` books each rank its share."""
 
     def fault(data: ShardDataset, positions: Sequence[int]) -> Batch:
-        batch = [read(data, list(whole_round(positions, world))) if rank == 0 else None]
+        batch = [read(data, whole_round(data, positions, rank, world)) if rank == 0 else None]
         dist.broadcast_object_list(batch, src=0)
         assert batch[0] is not None
         total = int(batch[0]["bytes"])
@@ -100,7 +103,7 @@ def validated(config: str, name: str, *overrides: str) -> dict[str, Any]:
     assert trainer.valid is not None
     report = trainer.validate()
     sampler = EvalSampler(len(trainer.valid), trainer.engine.rank, trainer.engine.world, 4)
-    found = predict(trainer.engine, trainer.normalize, batches(make_loader(trainer.valid, sampler, 0, 2)))
+    found = predict(trainer.engine, trainer.normalize, batches(make_loader(trainer.valid, sampler, 0)))
     return {
         "report": report,
         "positions": found["position"].tolist(),

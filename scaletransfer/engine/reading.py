@@ -1,0 +1,80 @@
+"""What a run reads and waits for: bytes, cache, retries, samples that could not be used, of each rank."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from scaletransfer.engine.build import Engine
+from scaletransfer.engine.evaluate import gather_rows
+from scaletransfer.loader import Batch
+
+TAGGED_RANKS = 64
+"""Ranks up to which TensorBoard gets a curve of bytes for each; metrics.jsonl has them for any number."""
+_REMOTE, _HITS, _MISSES, _RETRIES, _BAD = range(5)
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """Sums since this process started. max_bad: samples, over all ranks, that may be unusable before the run stops."""
+
+    max_bad: int = 0
+    bytes: int = 0
+    waited: float = 0.0
+    """Seconds that the loop waited for batches, since the last report."""
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(5, dtype=np.int64))
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch. Raises ValueError where this rank alone has too many bad samples."""
+        self.bytes += int(batch["bytes"])
+        self._sums[:_BAD] += batch["reads"].numpy()
+        for sentence in batch["bad"]:
+            self._sums[_BAD] += 1
+            print(f"bad sample, left out: {sentence}", file=sys.stderr, flush=True)
+            self._check(int(self._sums[_BAD]), sentence)
+
+    def _check(self, bad: int, last: str) -> None:
+        if bad > self.max_bad:
+            raise ValueError(
+                f"{bad} samples could not be used and data.max_bad_samples is {self.max_bad}; the last: {last}"
+            )
+
+    def report(self, engine: Engine, seconds: float) -> tuple[dict[str, Any], dict[str, float | None]]:
+        """What metrics.jsonl and TensorBoard get, over all ranks; all ranks call this. seconds: since the last report.
+
+        Raises:
+            ValueError: too many bad samples on all ranks together.
+        """
+        mine = torch.from_numpy(np.concatenate([[self.bytes], self._sums]))
+        ranks = gather_rows(engine, mine[None]).numpy()
+        share = min(1.0, self.waited / seconds)
+        waits = gather_rows(engine, torch.tensor([share])).tolist()
+        self.waited = 0.0
+        bad = int(ranks[:, 1 + _BAD].sum())
+        self._check(bad, "see the lines before it")
+        row: dict[str, Any] = {"data_wait": round(share, 4), "bytes_read": ranks[:, 0].tolist(), "bad_samples": bad}
+        scalars: dict[str, float | None] = {
+            "speed/data_wait": share,
+            "data/wait_largest": max(waits),
+            "data/bytes_read": float(ranks[:, 0].sum()),
+            "data/bad_samples": float(bad),
+        }
+        scalars |= {
+            f"data/bytes_read_rank_{rank}": float(ranks[rank, 0]) for rank in range(min(len(ranks), TAGGED_RANKS))
+        }
+        remote, hits, misses, retries = (
+            int(ranks[:, 1 + place].sum()) for place in (_REMOTE, _HITS, _MISSES, _RETRIES)
+        )
+        if remote or hits or misses or retries:
+            row |= {"remote_bytes": remote, "cache_hits": hits, "cache_misses": misses, "retries": retries}
+            scalars |= {
+                "data/remote_bytes": float(remote),
+                "data/cache_hits": float(hits),
+                "data/cache_hit_share": hits / max(1, hits + misses),
+                "data/retries": float(retries),
+            }
+        return row, scalars

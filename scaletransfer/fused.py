@@ -1,0 +1,264 @@
+"""Decoding and geometry of an image in one go: what is cut out, turned, scaled and flipped is resampled once.
+
+The pipelines of ``transforms`` say the same with torchvision's operations, one after the other; they remain the way for
+everything unusual, and the tests compare the two. Where they differ:
+
+- A JPEG of which the used part still has at least twice the wanted side when it is decoded at 1/2, 1/4 or 1/8 is
+  decoded at that scale, by the inverse DCT of fewer coefficients. Other scales that the library offers are slower and
+  visibly worse.
+- What has n times the wanted side is first reduced to 1/n, each pixel the mean of its block. The rest, a ratio below
+  2, is one bilinear resampling: at most four neighbours, where Pillow and torchvision widen the filter with the ratio.
+  Evaluation of X-rays that have less than twice the wanted side takes the mean over the exact area instead.
+
+Nothing here draws: ``uniforms`` are numbers in [0, 1) that belong to the sample's position (``order.sample_uniforms``).
+Every function may run in several threads; cv2 and simplejpeg release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from scaletransfer.decode import Decoding, decode_at, plain_jpeg_size
+from scaletransfer.transforms import DEEP_COLOUR, XRAY, AugmentProtocol, TransformOptions, kind_refusal
+
+SCALES = (8, 4, 2)
+"""Parts of the size at which a JPEG is decoded; see https://libjpeg-turbo.org, tjscalingfactor."""
+_TRIES = 10
+_AREA = (0.08, 1.0)
+_RATIO = (math.log(3 / 4), math.log(4 / 3))
+Uniforms = Sequence[float]
+
+
+class Geometry(Protocol):
+    """One resampling of a decoded image."""
+
+    @property
+    def size(self) -> int: ...
+    def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
+        """The part of an image of these sides, in pixels, that the result is taken from."""
+        ...
+
+    def resample(self, part: np.ndarray, box: Box, uniforms: Uniforms, out: np.ndarray) -> None:
+        """``part`` [h, w] or [h, w, 3] -> ``out`` [size, size] or [size, size, 3], in place.
+
+        box: the exact place, in pixels of ``part``, of what was asked for; in a scaled image it has fractions.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of an image: where its first row and column begin, its sides."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """Bytes of an image file -> integer pixels of one size, written where they are wanted.
+
+    Args:
+        geometry: what is cut out and how it is resampled. channels: 1 or 3.
+    """
+
+    geometry: Geometry
+    channels: int
+
+    @property
+    def size(self) -> int:
+        """Height and width of what comes out."""
+        return self.geometry.size
+
+    def __call__(self, data: bytes, how: Decoding, uniforms: Uniforms, out: np.ndarray) -> None:
+        """Fill ``out`` [channels, size, size], uint8 or for ``how.depth`` 16 uint16, C-contiguous.
+
+        Raises:
+            ValueError: a reason that names no file, see ``decode``.
+        """
+        if how.depth == 16 and self.channels == 3:
+            raise ValueError(DEEP_COLOUR)
+        sides = plain_jpeg_size(data)
+        scale = 1
+        if sides is not None:
+            box = self.geometry.used(*sides, uniforms)
+            short = min(box.height, box.width)
+            scale = next((s for s in SCALES if short >= 2 * s * self.size), 1)
+        pixels = decode_at(data, self.channels, how, scale)
+        height, width = pixels.shape[:2]
+        if sides is None:
+            box = self.geometry.used(height, width, uniforms)
+        part, exact = _cut(pixels, box, scale)
+        part, exact = _reduced(part, exact, box.height // self.size / scale, box.width // self.size / scale)
+        if self.channels == 1:
+            self.geometry.resample(part, exact, uniforms, out[0])
+            return
+        whole = np.empty((self.size, self.size, 3), dtype=out.dtype)
+        self.geometry.resample(part, exact, uniforms, whole)
+        cv2.split(whole, list(out))
+
+
+def build_fused(
+    kind: str, train: bool, size: int, protocol: AugmentProtocol = "corrected", options: TransformOptions | None = None
+) -> Fused | None:
+    """The fused form of ``transforms.build_transform`` with the same arguments; None where there is none.
+
+    There is none with RandAugment, and none for evaluation of natural images, which is torchvision's to the pixel.
+    Raises ValueError as ``build_transform`` does.
+    """
+    options = options or TransformOptions()
+    refusal = kind_refusal(kind, size, protocol, options)
+    if refusal:
+        raise ValueError(refusal)
+    if kind == "xray":
+        if not train:
+            return Fused(geometry=CentreSquare(size=size), channels=1)
+        values = {
+            name: default if getattr(options, name) is None else getattr(options, name)
+            for name, default in XRAY[protocol].items()
+        }
+        return Fused(geometry=SquareAffine(size=size, **values), channels=1)
+    if not train or options.randaugment:
+        return None
+    return Fused(geometry=RandomCrop(size=size, flip=0.5 if options.flip is None else options.flip), channels=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentreSquare:
+    """The centre square (odd rests lose the pixel at the end)."""
+
+    size: int
+
+    def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
+        side = min(height, width)
+        return Box((height - side) // 2, (width - side) // 2, side, side)
+
+    def resample(self, part: np.ndarray, box: Box, uniforms: Uniforms, out: np.ndarray) -> None:
+        if box == Box(0, 0, *part.shape[:2]):
+            shrinks = cv2.INTER_AREA if part.shape[0] > self.size else cv2.INTER_LINEAR
+            _in_place(cv2.resize, part, (self.size, self.size), out, interpolation=shrinks)
+        else:
+            _warp(part, box, (1.0, 0.0, 0.0, 1.0), (0.0, 0.0), out, cv2.BORDER_REFLECT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareAffine:
+    """The centre square; zoom, rotation, shift and flip as `transforms.ReflectedAffine` has them."""
+
+    size: int
+    shift: float
+    rotation: float
+    scale: tuple[float, float]
+    flip: float
+
+    used = CentreSquare.used
+
+    def resample(self, part: np.ndarray, box: Box, uniforms: Uniforms, out: np.ndarray) -> None:
+        low, high = self.scale
+        angle = math.radians((2 * uniforms[0] - 1) * self.rotation)
+        zoom = low + (high - low) * uniforms[1]
+        cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
+        mirror = -1.0 if uniforms[4] < self.flip else 1.0
+        shift = tuple((2 * u - 1) * self.shift * self.size for u in uniforms[2:4])
+        _warp(part, box, (mirror * cosine, mirror * sine, -sine, cosine), shift, out, cv2.BORDER_REFLECT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop:
+    """A random part of random proportions, and a flip: torchvision's RandomResizedCrop with its defaults.
+
+    After ten draws that do not fit, the largest centre part of an allowed proportion is taken.
+    """
+
+    size: int
+    flip: float
+
+    def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
+        area = height * width
+        for number in range(_TRIES):
+            part = area * (_AREA[0] + (_AREA[1] - _AREA[0]) * uniforms[3 + 2 * number])
+            ratio = math.exp(_RATIO[0] + (_RATIO[1] - _RATIO[0]) * uniforms[4 + 2 * number])
+            w, h = round(math.sqrt(part * ratio)), round(math.sqrt(part / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return Box(int(uniforms[0] * (height - h + 1)), int(uniforms[1] * (width - w + 1)), h, w)
+        low, high = 3 / 4, 4 / 3
+        w = min(width, max(1, round(height * high))) if width / height > high else width
+        h = min(height, max(1, round(width / low))) if width / height < low else height
+        return Box((height - h) // 2, (width - w) // 2, h, w)
+
+    def resample(self, part: np.ndarray, box: Box, uniforms: Uniforms, out: np.ndarray) -> None:
+        turned = uniforms[2] < self.flip
+        if box != Box(0, 0, *part.shape[:2]):
+            _warp(part, box, (-1.0 if turned else 1.0, 0.0, 0.0, 1.0), (0.0, 0.0), out, cv2.BORDER_REPLICATE)
+            return
+        straight = np.empty_like(out) if turned else out
+        _in_place(cv2.resize, part, (self.size, self.size), straight, interpolation=cv2.INTER_LINEAR)
+        if turned:
+            _in_place(cv2.flip, straight, 1, out)
+
+
+def _cut(pixels: np.ndarray, box: Box, scale: int) -> tuple[np.ndarray, Box]:
+    """The part of an image that was decoded at 1 / scale, by whole pixels, and where in it the asked-for part lies."""
+    first_row, first_column = int(box.top) // scale, int(box.left) // scale
+    last_row = min(pixels.shape[0], math.ceil((box.top + box.height) / scale))
+    last_column = min(pixels.shape[1], math.ceil((box.left + box.width) / scale))
+    part = pixels[first_row:last_row, first_column:last_column]
+    top, left = box.top / scale - first_row, box.left / scale - first_column
+    return part, Box(top, left, box.height / scale, box.width / scale)
+
+
+def _reduced(part: np.ndarray, box: Box, down: float, across: float) -> tuple[np.ndarray, Box]:
+    """The mean of blocks of down x across pixels, where that is more than one pixel, and the box in it."""
+    down, across = max(1.0, down), max(1.0, across)
+    if down == across == 1:
+        return part, box
+    top = left = 0
+    if down.is_integer() and across.is_integer():
+        # whole blocks are ten times as fast; what is left over is less than one, and is cut on both sides alike
+        rows, columns = part.shape[0] // int(down), part.shape[1] // int(across)
+        top, left = (part.shape[0] - rows * int(down)) // 2, (part.shape[1] - columns * int(across)) // 2
+        part = part[top : top + rows * int(down), left : left + columns * int(across)]
+    small = cv2.resize(part, None, fx=1 / across, fy=1 / down, interpolation=cv2.INTER_AREA)
+    return small, Box((box.top - top) / down, (box.left - left) / across, box.height / down, box.width / across)
+
+
+def _warp(
+    part: np.ndarray,
+    box: Box,
+    matrix: tuple[float, float, float, float],
+    shift: tuple[float, ...],
+    out: np.ndarray,
+    border: int,
+) -> None:
+    """One bilinear resampling of the box to ``out``: new offset from the centre, minus shift, times matrix, is the old.
+
+    matrix: xx, xy, yx, yy in units of ``out``; shift: x and y in pixels of ``out``.
+    """
+    size = out.shape[0]
+    across, down = box.width / size, box.height / size
+    xx, xy, yx, yy = matrix[0] * across, matrix[1] * across, matrix[2] * down, matrix[3] * down
+    # Pixel i reaches from i to i + 1; cv2 counts from its centre.
+    x, y = 0.5 - size / 2 - shift[0], 0.5 - size / 2 - shift[1]
+    middle_x, middle_y = box.left + box.width / 2 - 0.5, box.top + box.height / 2 - 0.5
+    affine = np.array([[xx, xy, middle_x + xx * x + xy * y], [yx, yy, middle_y + yx * x + yy * y]])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    _in_place(cv2.warpAffine, part, affine, (size, size), out, flags=how, borderMode=border)
+
+
+def _in_place(function: Callable[..., np.ndarray], *arguments: object, **options: object) -> None:
+    """Call a function of cv2 whose last argument is where the result goes.
+
+    cv2 makes another array, without a word, where this one has not the right type or strides.
+    """
+    wanted = arguments[-1]
+    assert isinstance(wanted, np.ndarray)
+    result = function(*arguments[:-1], wanted, **options)
+    assert result is wanted or np.shares_memory(result, wanted), "cv2 wrote elsewhere"
