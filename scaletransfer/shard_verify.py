@@ -236,8 +236,12 @@ class _Check:
                 decode, told = self.look.decode, progress or (lambda samples: None)
                 self.problems += foreign_problems(self.index, self.path, self.rows, decode=decode, progress=told)
             return
-        self.truncated = self.path.is_file() and self.path.stat().st_size < shard.bytes
-        members = self._members() if self.path.is_file() else []
+        if not self.path.is_file():
+            if progress:
+                progress(shard.samples)
+            return
+        self.truncated = self.path.stat().st_size < shard.bytes
+        members = self._members()
         seen = 0
         for image, text in self._samples(members):
             self._sample(image, text, seen)
