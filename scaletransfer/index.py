@@ -51,7 +51,8 @@ from scaletransfer.sample_table import (
     table_problem,
 )
 from scaletransfer.shard_cache import fetch, folder_of, keep
-from scaletransfer.storage import RemoteSettings, is_url, join, local_path, read_bytes, shown, sizes
+from scaletransfer.storage import RemoteSettings, is_url, join, local_path, read_bytes, sizes_of
+from scaletransfer.storage_errors import MissingObject, shown
 
 FORMAT = "scaletransfer-shards"
 FORMAT_VERSION = 1
@@ -230,20 +231,24 @@ def _parsed(raw: bytes, folder: Path, path: Path | str) -> ShardIndex:
 def _load_remote(url: str, remote: RemoteSettings) -> ShardIndex:
     """`load_index` of a URL.  index.json is read anew each time; what it names is kept under its hash."""
     path = join(shown(url), INDEX_NAME)
-    there = sizes(url, remote)
-    if INDEX_NAME not in there:
-        raise ValueError(f"{path} does not exist: unfinished or not a shard folder, or a wrong bucket; run make_shards")
-    raw = read_bytes(join(url, INDEX_NAME), remote)
+    try:
+        raw = read_bytes(join(url, INDEX_NAME), remote)
+    except MissingObject:
+        raise ValueError(
+            f"{path} does not exist: unfinished or not a shard folder, or another bucket; run make_shards"
+        ) from None
     digest = hashlib.sha256(raw).hexdigest()
     folder = folder_of(remote) / "indexes" / hashlib.sha256(f"{url}\n{digest}".encode()).hexdigest()[:32]
     index = _parsed(raw, folder, path)
-    for split in index.splits.values():
-        for shard in split.shards:
-            check_bytes(join(shown(url), shard.file), there.get(shard.file), shard.bytes)
-        table = join(url, split.table_file)
-        if split.table_file not in there:
-            raise ValueError(f"{shown(table)} is missing; make the folder again with make_shards")
-        fetch(table, folder / split.table_file, there[split.table_file], split.table_sha256, remote)
+    tables = {split.table_file: split.table_sha256 for split in index.splits.values()}
+    shards = {shard.file: shard.bytes for split in index.splits.values() for shard in split.shards}
+    there = sizes_of(url, [*tables, *shards], remote)
+    for name, expected in shards.items():
+        check_bytes(join(shown(url), name), there.get(name), expected)
+    for name, sha256 in tables.items():
+        if name not in there:
+            raise ValueError(f"{join(shown(url), name)} is missing; make the folder again with make_shards")
+        fetch(join(url, name), folder / name, there[name], sha256, remote)
     keep(raw, folder / INDEX_NAME)
     index.url = url
     return index

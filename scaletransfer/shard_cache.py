@@ -22,7 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scaletransfer import storage
-from scaletransfer.storage import DiskFull, ReadCounters, RemoteSettings, shown
+from scaletransfer.storage import ReadCounters, RemoteSettings
+from scaletransfer.storage_errors import DiskFull, shown
 
 _PARTIAL = ".part"
 
@@ -49,7 +50,8 @@ def fetch(url: str, path: Path, size: int, sha256: str, remote: RemoteSettings) 
             if _has(path, size):  # another process was quicker
                 partial.unlink()
                 return
-            _download(url, partial, path, size, sha256, remote, None)
+            _download(url, partial, size, sha256, remote, None)
+            os.replace(partial, path)
         finally:
             _unlock(writer)
 
@@ -80,14 +82,14 @@ class ShardCache:
         be written.
         """
         path = self.path(url, size, sha256)
-        while True:
-            found = _opened(path, size)
-            if found is not None:
-                storage.count(self.counters, cache_hits=1)
-                return found
-            if not download or size > self.remote.cache_bytes:
-                return None
-            with _folder_named(self.folder):
+        with _folder_named(self.folder):
+            while True:
+                found = _opened(path, size)
+                if found is not None:
+                    storage.count(self.counters, cache_hits=1)
+                    return found
+                if not download or size > self.remote.cache_bytes:
+                    return None
                 self.folder.mkdir(parents=True, exist_ok=True)
                 try:
                     writer = self._begin(path, size)
@@ -116,31 +118,24 @@ class ShardCache:
         """The locked temporary file of a download, with its room reserved; None if another one has it (or has just
         finished), -1 if there is no room."""
         partial = _partial(path)
-        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
+        with self._alone():
             writer = _lock(partial, wait=False)
             if writer is None:
                 return None
             try:
-                if path.exists():
-                    partial.unlink()
-                    _unlock(writer)
-                    return None
-                if not self._room(size, partial):
-                    partial.unlink()
-                    _unlock(writer)
-                    return -1
-                os.posix_fallocate(writer, 0, max(1, size))
+                done, fits = path.exists(), self._room(size, partial)
+                if fits and not done:
+                    os.posix_fallocate(writer, 0, max(1, size))
+                    return writer
             except OSError as error:
                 partial.unlink(missing_ok=True)
                 _unlock(writer)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise DiskFull(f"the disk of {self.folder} is full") from error
                 raise
-            return writer
-        finally:
-            _unlock(lock)
+            partial.unlink()
+            _unlock(writer)
+            return None if done else -1
 
     def _room(self, size: int, own: Path) -> bool:
         """Remove what was not opened for longest until `size` more bytes fit; whether they do."""
@@ -166,24 +161,29 @@ class ShardCache:
 
     def _finish(self, url: str, path: Path, size: int, sha256: str) -> int:
         """Download into the temporary file, which is ours; a descriptor of the finished one."""
-        found: list[int] = []
-        _download(url, _partial(path), path, size, sha256, self.remote, self.counters, found)
+        partial = _partial(path)
+        _download(url, partial, size, sha256, self.remote, self.counters)
+        found = os.open(partial, os.O_RDONLY)  # before it has its name, under which it could be removed
+        with self._alone():  # a listing must not miss a file that moves
+            os.replace(partial, path)
         storage.count(self.counters, cache_misses=1)
-        return found[0]
+        return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else adds or removes shards."""
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            _unlock(lock)
 
 
 def _download(
-    url: str,
-    partial: Path,
-    path: Path,
-    size: int,
-    sha256: str,
-    remote: RemoteSettings,
-    counters: ReadCounters | None,
-    opened: list[int] | None = None,
+    url: str, partial: Path, size: int, sha256: str, remote: RemoteSettings, counters: ReadCounters | None
 ) -> None:
-    """Fill the locked file `partial`, check it, give it its name.  `opened` gets a descriptor of it, which it cannot
-    lose to somebody who makes room."""
+    """Fill the locked file `partial` and check it; it is removed if it is not right."""
     digest = hashlib.sha256()
     try:
         storage.download(url, partial, remote, counters, bytes=size, seen=digest.update)
@@ -192,9 +192,6 @@ def _download(
                 f"{shown(url)} is damaged or of another index (sha256 differs): copy the folder there again, or "
                 "check it with `scaletransfer shards verify`"
             )
-        if opened is not None:
-            opened.append(os.open(partial, os.O_RDONLY))
-        os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

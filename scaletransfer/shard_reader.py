@@ -20,6 +20,7 @@ from scaletransfer.image_files import INSIDE
 from scaletransfer.index import ShardIndex, ShardInfo
 from scaletransfer.shard_cache import ShardCache
 from scaletransfer.storage import ReadCounters, RemoteSettings
+from scaletransfer.storage_errors import shown
 
 _OPEN_FILES = 64
 _TAR_BLOCK = 512
@@ -102,7 +103,7 @@ class ShardReader:
                     if not file.users and not file.kept:
                         os.close(file.handle)
         if len(data) != size:
-            where = storage.shown(place)
+            where = shown(place)
             raise ValueError(f"{where} ends inside an image (offset {offset}, {len(data)} of {size} bytes): {why}")
         return data
 
@@ -172,13 +173,13 @@ def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> 
         try:
             return read_member(partial(reader.read, place), naming, file, int(entry["key"]), offset, size)
         except OtherMember as error:
-            raise ValueError(f"{storage.shown(place)}: {error}") from None
+            raise ValueError(f"{shown(place)}: {error}") from None
     # The tar header before the image names the sample: another data set's shard may well have the same size.
     data = reader.read(place, offset - _TAR_BLOCK, size + _TAR_BLOCK)
     wanted = f"{index.source}-{int(entry['key']):016x}.{index.image.extension}"
     if data[:100].split(b"\0", 1)[0] != wanted.encode():
         raise ValueError(
-            f"{storage.shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
+            f"{shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
             "or was changed; make the folder again with make_shards --overwrite"
         )
     return data[_TAR_BLOCK:]
@@ -187,7 +188,7 @@ def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> 
 def image_place(index: ShardIndex, split: str, row: int) -> str:
     """Where the image of a table row lies, for error sentences: its file, or its key, shard and offset."""
     entry = index.table(split)[row]
-    place = storage.shown(index.place(split, int(entry["shard"])))
+    place = shown(index.place(split, int(entry["shard"])))
     if index.in_memory:
         return place
     return f"image {index.keys(split, [row])[0]} in {place} at offset {int(entry['offset'])}"

@@ -13,10 +13,23 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from scaletransfer.storage_errors import (
+    DiskFull,
+    MissingObject,
+    StorageError,
+    hidden,
+    is_beyond_end,
+    is_storage,
+    is_transient,
+    sentence,
+    shown,
+)
 
 Result = TypeVar("Result")
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
@@ -26,27 +39,11 @@ _SILENCE = 20.0  # seconds without a byte after which a server counts as dead
 _CHUNK = 8 * 1024 * 1024  # bytes of a download that one request asks for
 _SLOW = 128 * 1024  # bytes a second; an upload may take as long as this needs
 _CONNECTIONS = 64
+_THREADS = 16
 # They hold other URLs or commands inside, or write where nobody asked; shards need none of them.
 _REFUSED = {"abfss+cached", "async_wrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "jlab"}
 _REFUSED |= {"jupyter", "libarchive", "pipe", "reference", "simplecache", "tar", "zip"}
 _EXTRAS = {"s3": 'pip install "scaletransfer[s3]"', "s3a": 'pip install "scaletransfer[s3]"'}
-_PERMANENT = {errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSYS}
-_PERMANENT |= {errno.ENOTDIR, errno.EPERM, errno.EREMCHG, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-# Class names, so that the libraries need not be there: of botocore, aiohttp and fsspec.
-_TRANSIENT = {"ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError"}
-_TRANSIENT |= {"ClientConnectionError", "ClientPayloadError", "TimeoutError", "FSTimeoutError"}
-_LIBRARIES = {
-    "adlfs",
-    "aiobotocore",
-    "aiohttp",
-    "azure",
-    "botocore",
-    "fsspec",
-    "gcsfs",
-    "google",
-    "requests",
-    "urllib3",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +78,22 @@ class ReadCounters:
     """Requests that were repeated."""
 
 
-class DiskFull(ValueError):
-    """There is no room for a download."""
-
-
 DEFAULT = RemoteSettings()
 _filesystems: dict[Any, Any] = {}
 _abandoned: list[Any] = []
 _lock = threading.Lock()
 
 
+def forget() -> None:
+    """Connect anew from here on: after a fork, or where servers or credentials have changed."""
+    _abandoned.extend(_filesystems.values())  # collecting them would close connections that may be another process's
+    _filesystems.clear()
+
+
 def _after_fork() -> None:
-    # The connections and the event loop belong to the parent. Collecting the objects would close them: keep them.
     global _lock  # noqa: PLW0603 - a lock that a thread of the parent held would stay held
     _lock = threading.Lock()
-    _abandoned.extend(_filesystems.values())
-    _filesystems.clear()
+    forget()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -143,7 +140,9 @@ def exists(url: str, remote: RemoteSettings = DEFAULT) -> bool:
     def call(fs: Any) -> bool:
         try:
             return bool(_finished(fs, "info", url, remote.timeout).get("type") != "directory")
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if hidden(error) is not None:
+                raise
             return False
 
     return _attempt(call, url, "be looked for", remote, None)
@@ -155,12 +154,27 @@ def sizes(url: str, remote: RemoteSettings = DEFAULT) -> dict[str, int]:
     def call(fs: Any) -> dict[str, int]:
         try:
             found = _finished(fs, "ls", url, remote.timeout, detail=True)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if hidden(error) is not None:
+                raise
             return {}
         files = [entry for entry in found if entry.get("type") == "file" and entry.get("size") is not None]
         return {str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"]) for entry in files}
 
     return _attempt(call, url, "be listed", remote, None)
+
+
+def sizes_of(url: str, names: Sequence[str], remote: RemoteSettings = DEFAULT) -> dict[str, int]:
+    """Name -> bytes of those of the objects in the folder `url` that there are: by one listing, where there is one."""
+    if not url.startswith(("http://", "https://")):
+        there = sizes(url, remote)
+        return {name: there[name] for name in names if name in there}
+
+    def one(name: str) -> int | None:
+        return size(join(url, name), remote) if exists(join(url, name), remote) else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return {name: found for name, found in zip(names, pool.map(one, names), strict=True) if found is not None}
 
 
 def list_names(url: str, remote: RemoteSettings = DEFAULT) -> list[str]:
@@ -181,7 +195,12 @@ def read_range(
     """`size` bytes from `offset` on by one request; fewer where the object ends before."""
 
     def call(fs: Any) -> bytes:
-        return _finished(fs, "cat_file", url, remote.timeout, start=offset, end=offset + size)
+        try:
+            return _finished(fs, "cat_file", url, remote.timeout, start=offset, end=offset + size)
+        except Exception as error:
+            if is_beyond_end(error):
+                return b""
+            raise
 
     data = _attempt(call, url, "be read", remote, counters)
     if len(data) > size:
@@ -249,7 +268,7 @@ def write_bytes(data: bytes, url: str, remote: RemoteSettings = DEFAULT) -> None
     if local is not None:
         _write(data, local)
         return
-    _attempt(lambda fs: _finished(fs, "pipe_file", url, remote.timeout, value=data), url, "be written", remote, None)
+    _attempt(lambda fs: _finished(fs, "pipe_file", url, remote.timeout, after=(data,)), url, "be written", remote, None)
 
 
 def remove(url: str, remote: RemoteSettings = DEFAULT) -> None:
@@ -262,11 +281,6 @@ def remove(url: str, remote: RemoteSettings = DEFAULT) -> None:
     _attempt(call, url, "be deleted", remote, None)
 
 
-def shown(url: str) -> str:
-    """The URL for sentences: without a password that stands in it."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
-
-
 def _attempt(
     call: Callable[[Any], Result], url: str, what: str, remote: RemoteSettings, counters: ReadCounters | None
 ) -> Result:
@@ -274,24 +288,29 @@ def _attempt(
     for attempt in range(1, remote.attempts + 1):
         try:
             return call(fs)
-        except Exception as error:
-            if not _ours(error):
+        except Exception as caught:
+            if not is_storage(caught):
                 raise
-            if attempt == remote.attempts or not _transient(error):
-                raise ValueError(_sentence(error, url, what, attempt)) from error
+            error = hidden(caught) or caught
+            if attempt == remote.attempts or not is_transient(error):
+                kind = MissingObject if isinstance(error, FileNotFoundError) else StorageError
+                raise kind(sentence(error, url, what, attempt)) from error
         count(counters, retries=1)
         time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1)))
     raise AssertionError("remote.attempts is less than 1")
 
 
-def _finished(fs: Any, name: str, url: str, timeout: float, *, before: tuple[Any, ...] = (), **options: Any) -> Any:
-    """Call a method of the file system; one that would take longer than `timeout` seconds is a TimeoutError."""
+def _finished(
+    fs: Any, name: str, url: str, timeout: float, *, before: Any = (), after: Any = (), **options: Any
+) -> Any:
+    """Call a method of the file system with the path between `before` and `after`; one that takes longer than
+    `timeout` seconds is a TimeoutError."""
     path = fs._strip_protocol(url)
     if not getattr(fs, "async_impl", False):
-        return getattr(fs, name)(*before, path, **options)
+        return getattr(fs, name)(*before, path, *after, **options)
     from fsspec.asyn import sync
 
-    return sync(fs.loop, getattr(fs, f"_{name}"), *before, path, timeout=timeout, **options)
+    return sync(fs.loop, getattr(fs, f"_{name}"), *before, path, *after, timeout=timeout, **options)
 
 
 def _filesystem(url: str, remote: RemoteSettings) -> Any:
@@ -338,53 +357,6 @@ def _http_timeout(timeout: float, silence: float) -> Any:
     import aiohttp
 
     return aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, _CONNECT), sock_read=silence)
-
-
-def _names(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
-
-
-def _status(error: BaseException) -> int | None:
-    found = getattr(error, "status", None) or getattr(error, "code", None)
-    return found if isinstance(found, int) else None
-
-
-def _ours(error: BaseException) -> bool:
-    """Whether this comes from a storage, and not from a mistake in a program."""
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or library in _LIBRARIES or "FSTimeoutError" in _names(error)
-
-
-def _transient(error: BaseException) -> bool:
-    if isinstance(error, (FileNotFoundError, PermissionError)):
-        return False
-    status = _status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    if _names(error) & _TRANSIENT:
-        return True
-    return isinstance(error, OSError) and error.errno not in _PERMANENT
-
-
-def _sentence(error: BaseException, url: str, what: str, attempts: int) -> str:
-    url = shown(url)
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        return f"{url} is missing: check the bucket and the folder in the URL, or copy the shards there again"
-    if isinstance(error, PermissionError) or _status(error) in (401, 403):
-        return f"{url} cannot {what}, the server refuses it ({reason}): check the credentials and their permissions"
-    if "Credentials" in type(error).__name__:
-        return (
-            f"{url} cannot {what} without credentials ({reason}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "FSSPEC_S3_ANON=true for a public bucket"
-        )
-    if isinstance(error, (TimeoutError,)) and reason in ("TimeoutError", "FSTimeoutError"):
-        reason = "no answer in time"
-    times = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-    return (
-        f"{url} cannot {what} after {times} ({reason}): check that the server runs and that its address "
-        "(AWS_ENDPOINT_URL for s3://) is right, then start the same command again"
-    )
 
 
 def count(counters: ReadCounters | None, **more: int) -> None:
