@@ -6,6 +6,7 @@ The Python side of making them is here too: `plan_shards(open_source(...), salt)
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,41 +14,16 @@ from tqdm import tqdm
 
 from scaletransfer.cli import CommandParser
 from scaletransfer.foreign import index_options, run_index
-from scaletransfer.index import ShardIndex, load_index, read_index
+from scaletransfer.index import load_index, read_index
 from scaletransfer.reshard import reshard_options, run_reshard
 from scaletransfer.shard_build import BuildReport, build
 from scaletransfer.shard_image import Encoding
+from scaletransfer.shard_info import describe, details, summary
 from scaletransfer.shard_plan import Plan, plan_shards
 from scaletransfer.shard_repair import repair_options, run_repair
 from scaletransfer.shard_verify import verify
 
 __all__ = ["BuildReport", "Encoding", "Plan", "build", "describe", "plan_shards", "shards_main", "verify"]
-
-_SHOWN_REASONS = 3
-
-
-def describe(index: ShardIndex) -> str:
-    """What an index holds, as a few lines of text."""
-    image = index.image
-    size = f"short side at most {image.size}" if image.size else "original size"
-    colour = "grey" if image.channels == 1 else "colour"
-    lines = [
-        f"{index.source} ({index.task}, {len(index.label_names)} labels), {image.extension}, {size}, "
-        f"{colour}, {image.bit_depth} bits, key salt {index.salt_fingerprint}",
-        f"licence: {index.licence}",
-    ]
-    for split, info in index.splits.items():
-        total = sum(shard.bytes for shard in info.shards)
-        patients = f", {info.patients:,} patients" if info.patients else ""
-        lines.append(
-            f"  {split:6} {info.samples:,} samples{patients}, {len(info.shards)} shards, "
-            f"{total / 1e6:,.1f} MB, {len(info.quarantine)} quarantined"
-        )
-        shown = info.quarantine[:_SHOWN_REASONS]
-        lines += [f"         {entry['key']}: {entry['reason']}" for entry in shown]
-        if len(info.quarantine) > len(shown):
-            lines.append(f"         and {len(info.quarantine) - len(shown)} more, in index.json")
-    return "\n".join(lines)
 
 
 def shards_main(argv: Sequence[str]) -> int:
@@ -96,12 +72,14 @@ def _samples(folder: Path) -> int | None:
 
 
 def _info_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="folder with an index.json")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder with an index.json, or its URL")
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON object a folder, a line each")
 
 
 def _info(options: argparse.Namespace) -> int:
     for folder in options.folders:
-        print(describe(load_index(folder)))
+        index = load_index(folder)
+        print(json.dumps(summary(index), sort_keys=True) if options.json else details(index))
     return 0
 
 
