@@ -38,6 +38,7 @@ _CONNECT = 10.0  # seconds that a connection may take
 _SILENCE = 20.0  # seconds without a byte after which a server counts as dead
 _CHUNK = 8 * 1024 * 1024  # bytes of a download that one request asks for
 _SLOW = 128 * 1024  # bytes a second; an upload may take as long as this needs
+_LONGEST_LISTING = 3600.0  # seconds
 _CONNECTIONS = 64
 _THREADS = 16
 # They hold other URLs or commands inside, or write where nobody asked; shards need none of them.
@@ -180,6 +181,30 @@ def sizes_of(url: str, names: Sequence[str], remote: RemoteSettings = DEFAULT) -
 def list_names(url: str, remote: RemoteSettings = DEFAULT) -> list[str]:
     """Names of the objects directly in the folder `url`, sorted; empty if there is no such folder."""
     return sorted(sizes(url, remote))
+
+
+def list_files(url: str, remote: RemoteSettings = DEFAULT) -> dict[str, tuple[int, str]]:
+    """Everything below the folder `url`, by one listing: "train/a.jpg" -> (bytes, text that changes with the object)."""
+
+    def call(fs: Any) -> dict[str, tuple[int, str]]:
+        base = str(fs._strip_protocol(url)).strip("/")
+        try:
+            # a million objects are a thousand requests
+            found = _finished(fs, "find", url, max(remote.timeout, _LONGEST_LISTING), detail=True)
+        except FileNotFoundError as error:
+            if hidden(error) is not None:
+                raise
+            return {}
+        files = {}
+        for path, entry in found.items():
+            name = str(path).strip("/")
+            if entry.get("type") != "file" or str(path).endswith("/") or not name.startswith(f"{base}/"):
+                continue
+            tag = next((entry[key] for key in ("ETag", "etag", "mtime", "LastModified") if entry.get(key)), "")
+            files[name[len(base) + 1 :]] = int(entry["size"]), str(tag).strip('"')
+        return files
+
+    return _attempt(call, url, "be listed", remote, None)
 
 
 def read_bytes(url: str, remote: RemoteSettings = DEFAULT, counters: ReadCounters | None = None) -> bytes:
@@ -339,9 +364,9 @@ def _connect(url: str, protocol: str, timeout: float) -> Any:
             "max_pool_connections": _CONNECTIONS,
             "retries": {"total_max_attempts": 1},  # ours count
         }
-    if protocol in ("http", "https"):
-        options["client_kwargs"] = {"timeout": _http_timeout(timeout, silence)}
     try:
+        if protocol in ("http", "https"):
+            options["client_kwargs"] = {"timeout": _http_timeout(timeout, silence)}
         fs = fsspec.filesystem(protocol, **options)
     except ImportError as error:
         mend = _EXTRAS.get(protocol, f"install it ({error})")
