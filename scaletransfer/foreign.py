@@ -207,7 +207,7 @@ def _image(folder: Path, shards: Mapping[str, Sequence[tuple[str, Shard]]], pixe
     probes, start = [], 0
     for name, shard in every:
         for row in range(-start % step, len(shard.offsets), step):
-            inside = f"the image at byte {shard.offsets[row]}.{shard.extensions[row]}"
+            inside = f"the image at byte {shard.offsets[row]}"
             probes.append(_Probe(f"{name}{INSIDE}{inside}", (shard.offsets[row], shard.sizes[row])))
         start += len(shard.offsets)
     kinds = {{"jpeg": "jpg", "tiff": "tif"}.get(text, text) for _, shard in every for text in shard.extensions}

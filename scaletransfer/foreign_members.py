@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -43,19 +44,16 @@ class Naming:
     def of(cls, encoder: Mapping[str, Any]) -> Naming:
         """From the field `encoder` of a foreign index; ValueError for one that `scaletransfer shards index` has not
         written."""
-        secret, keys_of, extensions = (encoder.get(name) for name in ("secret", "keys_of", "extensions"))
-        if not (
-            isinstance(secret, str)
-            and re.fullmatch("[0-9a-f]{64}", secret)
-            and keys_of in KEYS_OF
-            and isinstance(extensions, list)
-            and all(isinstance(text, str) for text in extensions)
-        ):
+        try:
+            made = _naming(encoder["secret"], encoder["keys_of"], tuple(encoder["extensions"]))
+        except (LookupError, TypeError):
+            made = None
+        if made is None:
             raise ValueError(
                 "the field 'encoder' of the index is damaged; index the tars again: scaletransfer shards index DIR "
                 "--overwrite"
             )
-        return cls(bytes.fromhex(secret), str(keys_of), frozenset(extensions))
+        return made
 
     def encoder(self) -> dict[str, Any]:
         """The field `encoder` of an index."""
@@ -76,6 +74,14 @@ class Naming:
         """Whether the member `name` of `shard` is an image of the sample `key`."""
         parts = split_name(name)
         return parts is not None and parts[1] in self.extensions and self.number(parts[0], shard) == key
+
+
+@lru_cache(maxsize=64)  # asked for with every image
+def _naming(secret: object, keys_of: object, extensions: tuple[object, ...]) -> Naming | None:
+    texts = [text for text in (secret, keys_of, *extensions) if isinstance(text, str)]
+    if len(texts) < 2 + len(extensions) or not re.fullmatch("[0-9a-f]{64}", texts[0]) or texts[1] not in KEYS_OF:
+        return None
+    return Naming(bytes.fromhex(texts[0]), texts[1], frozenset(texts[2:]))
 
 
 def naming_secret(salt: bytes) -> bytes:

@@ -10,6 +10,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -68,11 +69,12 @@ class Shard:
 
     bytes: int
     sha256: str
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    numbers: array[int] = field(default_factory=lambda: array("Q"))
     """Keys."""
-    extensions: list[str] = field(default_factory=list)
+    extensions: set[str] = field(default_factory=set)
+    """Of its images."""
     labels: list[Label] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -259,5 +261,5 @@ def _add(
     shard.offsets.append(image.offset)
     shard.sizes.append(image.size)
     shard.numbers.append(number)
-    shard.extensions.append(extension)
+    shard.extensions.add(extension)
     shard.labels.append(label)

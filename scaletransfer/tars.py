@@ -21,6 +21,9 @@ from typing import NamedTuple, Protocol
 _LARGEST_HEADER = 1 << 20
 """Bytes that tarfile may ask for at once: extended headers of one file.  A hostile header claims any number."""
 _BUFFER = 4096
+_LONGEST_NAME = 4096
+_SHOWN = 200
+"""Characters of a name in a sentence."""
 _BAD_SIGNS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
@@ -57,11 +60,20 @@ def walk(path: Path) -> Iterator[Member]:
 
 def member_name(name: str, path: Path, at: int | None = None) -> str:
     """`name` of a member of `path` as a plain relative path; Damaged if it is absolute, leaves its folder by "..",
-    or holds a backslash, a sign that breaks lines, or what is not Unicode.  `at`: the byte where its header is."""
+    or holds a backslash, a sign that breaks lines, or what is not Unicode, or is endless.  `at`: the byte
+    where its header is."""
     pure = PurePosixPath(name)
-    if not pure.parts or pure.is_absolute() or ".." in pure.parts or _BAD_SIGNS.search(name):
+    if (
+        not pure.parts
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or _BAD_SIGNS.search(name)
+        or len(name) > _LONGEST_NAME
+    ):
         where = "" if at is None else f" at byte {at}"
-        raise Damaged(f"{path} names the file {name!r}{where}, which is no plain name inside of it; download it again.")
+        raise Damaged(
+            f"{path} names the file {name[:_SHOWN]!r}{where}, which is no plain name inside of it; download it again."
+        )
     return pure.as_posix()
 
 
@@ -180,10 +192,10 @@ def _headers(path: Path, start: int, size: int) -> Iterator[Member]:
 
 
 def _checked(info: tarfile.TarInfo, path: Path, start: int, size: int) -> Member:
-    at = start + info.offset
+    at, shown = start + info.offset, info.name[:_SHOWN]
     if not info.isreg() or info.issparse():
-        raise Damaged(f"{path}: {info.name!r} at byte {at} is a link, a device or a sparse file; download it again.")
+        raise Damaged(f"{path}: {shown!r} at byte {at} is a link, a device or a sparse file; download it again.")
     if info.size < 0 or info.offset_data + info.size > size:
         claimed = f"which claims {info.size} bytes at byte {at}"
-        raise Damaged(f"{path} ends inside of {info.name!r}, {claimed}, or is damaged; download it again.")
+        raise Damaged(f"{path} ends inside of {shown!r}, {claimed}, or is damaged; download it again.")
     return Member(member_name(info.name, path, at), start + info.offset_data, info.size)
