@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scaletransfer.duplicate_search import THUMB
+from scaletransfer.foreign_members import is_foreign
 from scaletransfer.index import ShardIndex
 from scaletransfer.pixel_range import WHITE16
 from scaletransfer.shard_image import MODES, READ_FORMATS
@@ -210,7 +211,7 @@ def _thumbnail(luma: Image.Image) -> NDArray[np.uint8]:
 def _batches(index: ShardIndex, split: str, rows: NDArray[np.int64]) -> Iterator[_Batch]:
     """Rows of a file together, in the order of its bytes."""
     table = index.table(split)
-    labels = index.task == "multilabel"
+    labels = index.task == "multilabel" and not is_foreign(index.encoder)
     shards = table["shard"][rows]
     for shard in np.unique(shards):
         inside = rows[shards == shard]

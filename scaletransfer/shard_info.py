@@ -22,7 +22,7 @@ def describe(index: ShardIndex) -> str:
     size = f"short side at most {image.size}" if image.size else "original size"
     colour = "grey" if image.channels == 1 else "colour"
     lines = [
-        f"{index.source} ({index.task}, {len(index.label_names)} labels), {image.extension}, {size}, "
+        f"{index.source} ({index.task}, {len(index.label_names)} labels), {image.extension or 'mixed files'}, {size}, "
         f"{colour}, {image.bit_depth} bits, key salt {index.salt_fingerprint}",
         f"licence: {index.licence}",
     ]

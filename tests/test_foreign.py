@@ -31,6 +31,8 @@ from helpers_foreign import (
 from PIL import Image
 
 from scaletransfer import foreign
+from scaletransfer.check_data import main as check_data_main
+from scaletransfer.cli import run_command
 from scaletransfer.foreign_labels import LabelRule
 from scaletransfer.foreign_scan import Settings
 from scaletransfer.index import load_index
@@ -289,6 +291,17 @@ def test_the_white_of_deep_images(tmp_path, capsys):
     assert "has the value 4000, larger than the white 255 of the index" in capsys.readouterr().out
     assert index_of(folder, "--pixel-max", "4000", "--overwrite").image.deep_white == 4095
     assert shards_main(["verify", str(folder)]) == 0
+
+
+def test_other_commands(tmp_path, capsys):
+    folder = write_json(tmp_path / "films", "train", 12)
+    index_of(folder, "--label", "json:findings", "--licence", "mine\nalone")
+    assert run_command(check_data_main, [str(folder), "--out", str(tmp_path / "checks")]) == 0
+    assert shards_main(["info", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "train  12 samples, 2 shards" in told and "licence: mine alone" in told
+    with pytest.raises(ValueError, match="tars that make_shards has not made"):
+        shards_main(["verify", "--repair", str(folder)])
 
 
 def test_a_damaged_naming_is_refused(tmp_path):
