@@ -24,7 +24,8 @@ from scaletransfer.shard_image import KEPT_EXTENSIONS, Encoding, UnusableImage, 
 
 TARGET_SHARD_BYTES = 100_000_000
 MIN_SHARDS = 8
-"""Of a split with at least MIN_SPLIT samples, so that ranks and loader workers have something to share."""
+"""Of a split with at least MIN_SPLIT samples: readers that hand out whole shards have some for eight workers then.
+Our own divides samples, not shards."""
 MIN_SPLIT = 64
 
 
