@@ -29,6 +29,7 @@ from scaletransfer.losses import UNKNOWN_CLASS
 from scaletransfer.order import Positions, rank_positions, sample_seed, sample_uniforms
 from scaletransfer.shard_reader import ShardReader, image_place, read_image
 from scaletransfer.storage import RemoteSettings
+from scaletransfer.storage_errors import StorageError
 from scaletransfer.transforms import seeded
 
 Batch = dict[str, Any]
@@ -155,7 +156,8 @@ class ShardDataset(Dataset[Batch]):
     ) -> None:
         self.sources = tuple(sources)
         self.order = order
-        self.fused, self.transform = (transform, None) if isinstance(transform, Fused) else (None, transform)
+        self.fused = transform if isinstance(transform, Fused) else None
+        self.transform = None if isinstance(transform, Fused) else transform
         self.channels, self.depth = channels, depth
         assert self.fused is None or self.fused.channels == channels
         whites = [source.index.image.white(depth or source.index.image.bit_depth) for source in self.sources]
@@ -246,6 +248,8 @@ class ShardDataset(Dataset[Batch]):
             data = self._read(source, row)
             pending.sizes[number] = len(data)
             self._decode(pending, number, source, row, data)
+        except StorageError:
+            raise  # of the server, not of the sample: the next one fares no better
         except ValueError as error:
             if not self.max_bad:
                 raise
