@@ -31,6 +31,8 @@ from scaletransfer.shard_scan import samples_in
 from scaletransfer.shard_verify import shard_problem, side_files, table_of
 from scaletransfer.shard_writer import shard_tasks
 from scaletransfer.sources import named_values, open_source, source_options
+from scaletransfer.storage import is_url
+from scaletransfer.storage_errors import shown
 
 REPAIR_FOLDER = ".repair"
 """In the folder that is repaired: shards until all of them are made and have the right hash."""
@@ -57,6 +59,10 @@ def repair(
     Raises ValueError if index.json is damaged, `root` is needed and missing, or does not give the bytes that index.json
     says (other data, salt, options or libraries; the sentence says which, as far as that can be known).
     """
+    if is_url(folder):
+        raise ValueError(
+            f"{shown(os.fspath(folder))} can only be repaired on a disk: copy the folder and name the copy"
+        )
     folder = Path(folder)
     index = read_index(folder)
     if is_foreign(index.encoder):
@@ -344,7 +350,7 @@ def repair_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_repair(folder: Path, options: argparse.Namespace) -> None:
+def run_repair(folder: str, options: argparse.Namespace) -> None:
     """Repair one folder as the options say, and print what was made."""
     with tqdm(unit="img", desc=f"repair {folder}", disable=None) as bar:
         made = repair(
@@ -357,4 +363,4 @@ def run_repair(folder: Path, options: argparse.Namespace) -> None:
             progress=bar.update,
         )
     for name in made:
-        print(f"{folder / name} was made again")
+        print(f"{Path(folder) / name} was made again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from scaletransfer.files import check_size, json_bytes
 from scaletransfer.foreign_members import is_foreign
 from scaletransfer.foreign_verify import foreign_problems
-from scaletransfer.index import ShardIndex, read_index
+from scaletransfer.index import ShardIndex, load_index, read_index
 from scaletransfer.sample_table import count_patients, label_totals
 from scaletransfer.shard_build import timm_description, wids_description
 from scaletransfer.shard_image import Encoding, UnusableImage, prepare
@@ -35,6 +36,8 @@ from scaletransfer.shard_scan import (
     parse_label,
     read_member,
 )
+from scaletransfer.storage import download, is_url, join, local_path, read_bytes
+from scaletransfer.storage_errors import MissingObject, shown
 from scaletransfer.tars import Damaged
 
 _SHOWN = 20
@@ -57,11 +60,11 @@ def verify(
     larger, deeper or more colourful than the index says, or hold metadata that was to be removed.
 
     Nothing is unpickled, extracted or followed, and no header makes it allocate more than the file holds.
-    workers: processes; progress: called with numbers of samples.
+    workers: processes; progress: called with numbers of samples.  `folder` may be a URL: each shard is then copied
+    into a temporary file while it is looked at.  Raises ValueError if the server cannot be reached.
     """
-    folder = Path(folder)
     try:
-        index = read_index(folder)
+        index = _open(os.fspath(folder))
     except ValueError as error:
         return [str(error)]
     if workers < 1:
@@ -69,7 +72,15 @@ def verify(
     problems, sound = _tables(index)
     run = uuid.uuid4().hex
     looks = [
-        _Look(folder=folder, run=run, split=split, number=number, decode=decode, samples=range(shard.samples))
+        _Look(
+            folder=index.folder,
+            url=index.url,
+            run=run,
+            split=split,
+            number=number,
+            decode=decode,
+            samples=range(shard.samples),
+        )
         for split, info in index.splits.items()
         for number, shard in enumerate(info.shards)
     ]
@@ -79,8 +90,14 @@ def verify(
     for result in found:
         problems += result["problems"]
     problems += _keys(index, sound)
-    problems += _patients(folder, [result["patients"] for result in found])
+    problems += _patients(index.folder, [result["patients"] for result in found])
     return problems + list(_side_files(index))
+
+
+def _open(folder: str) -> ShardIndex:
+    """The index, whatever became of the files that it names; of a URL, those have to be there."""
+    local = local_path(folder) if is_url(folder) else folder
+    return load_index(folder) if local is None else read_index(local)
 
 
 def shard_problem(path: Path, size: int, sha256: str) -> str:
@@ -171,13 +188,26 @@ def _side_files(index: ShardIndex) -> Iterator[str]:
     if is_foreign(index.encoder):
         return  # it has none, and other tars may lie beside those that are indexed
     for name, content in side_files(index).items():
-        path = index.folder / name
-        if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
-            yield f"{path} is missing or does not fit index.json"
+        if _content(index, name, len(content)) != content:
+            where = join(shown(index.url), name) if index.url else index.folder / name
+            yield f"{where} is missing or does not fit index.json"
+    if index.url:
+        return  # what else is there is not in the way of a reader
     known = {shard.file for info in index.splits.values() for shard in info.shards}
     for name in sorted(os.listdir(index.folder)):
         if name.endswith((".tar", ".tmp")) and name not in known:
             yield f"{index.folder / name} does not belong to the index"
+
+
+def _content(index: ShardIndex, name: str, size: int) -> bytes | None:
+    """What a side file holds; None where it is missing or has another size."""
+    if index.url:
+        try:
+            return read_bytes(join(index.url, name))
+        except MissingObject:
+            return None
+    path = index.folder / name
+    return path.read_bytes() if path.is_file() and path.stat().st_size == size else None
 
 
 _PAIR = np.dtype([("code", "<u8"), ("number", "<i4")])
@@ -188,6 +218,8 @@ class _Look:
     """One shard to look at; picklable."""
 
     folder: Path
+    """With index.json and tables; with the shards, unless there is a `url`."""
+    url: str
     run: str
     """Of one call of `verify`: another one opens the folder anew."""
     split: str
@@ -204,8 +236,17 @@ def _opened(folder: Path, run: str) -> ShardIndex:
 def _look(look: _Look, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
     """{split, number, problems, patients: pairs of code and number} of one shard."""
     index = _opened(look.folder, look.run)
-    check = _Check(index, look)
-    check.run(progress)
+    path = index.path(look.split, look.number)
+    if look.url:
+        with tempfile.TemporaryDirectory(prefix="verify-shards-") as folder:
+            copy, url = Path(folder) / path.name, join(look.url, path.name)
+            download(url, copy)
+            check = _Check(index, look, copy)
+            check.run(progress)
+        check.problems = [text.replace(str(copy), shown(url)) for text in check.problems]
+    else:
+        check = _Check(index, look, path)
+        check.run(progress)
     pairs = np.asarray(sorted(check.patients), dtype=_PAIR) if check.patients else np.zeros(0, _PAIR)
     return {"split": look.split, "number": look.number, "problems": check.problems, "patients": pairs}
 
@@ -213,9 +254,8 @@ def _look(look: _Look, progress: Callable[[int], object] | None = None) -> dict[
 class _Check:
     """What is wrong with one shard."""
 
-    def __init__(self, index: ShardIndex, look: _Look) -> None:
-        self.index, self.look = index, look
-        self.path = index.path(look.split, look.number)
+    def __init__(self, index: ShardIndex, look: _Look, path: Path) -> None:
+        self.index, self.look, self.path = index, look, path
         self.problems: list[str] = []
         self.truncated = False
         self.patients: set[tuple[int, int]] = set()

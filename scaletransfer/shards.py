@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -41,7 +40,7 @@ def shards_main(argv: Sequence[str]) -> int:
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folders", nargs="+", metavar="DIR", type=Path, help="folder with an index.json")
+    add("folders", nargs="+", metavar="DIR", help="folder with an index.json, or its URL")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--no-decode", action="store_true", help="do not decode the images, which takes the most time")
     repair_options(parser)
@@ -63,7 +62,7 @@ def _verify(options: argparse.Namespace) -> int:
     return status
 
 
-def _samples(folder: Path) -> int | None:
+def _samples(folder: str) -> int | None:
     """For a progress bar; None where the index cannot be read, which `verify` says."""
     try:
         return sum(info.samples for info in read_index(folder).splits.values())

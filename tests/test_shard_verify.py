@@ -15,6 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from helpers_data import SALT, make_chexpert, make_image_folder
@@ -319,3 +320,30 @@ def test_the_command(folder, finished, capsys):
     assert run_command(shards_main, ["verify", str(folder), str(finished)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [f"{folder}: 1 problem(s)", f"{finished}: ok"] and "is missing" in lines[0]
+
+
+# ---- behind a URL
+
+
+def test_a_folder_behind_a_url(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(finished), "/verified", recursive=True)
+    try:
+        assert verify("memory://verified") == []
+        path = "/verified/train-000002.tar"
+        data = bytearray(memory.cat_file(path))
+        data[700] ^= 1
+        memory.pipe_file(path, bytes(data))
+        memory.rm("/verified/_info.json")
+        problems = verify("memory://verified")
+        assert problems[0].startswith("memory://verified/train-000002.tar: sha256 differs")
+        assert problems[-1] == "memory://verified/_info.json is missing or does not fit index.json"
+        memory.rm(path)
+        assert run_command(shards_main, ["verify", "memory://verified"]) == 1
+        assert "memory://verified/train-000002.tar is missing" in capsys.readouterr().out
+        assert run_command(shards_main, ["verify", "--repair", "memory://verified"]) == 2
+    finally:
+        memory.rm("/verified", recursive=True)
+    assert verify(f"file://{finished}") == []
