@@ -15,7 +15,7 @@ from scaletransfer.loader import Batch
 
 TAGGED_RANKS = 64
 """Ranks up to which TensorBoard gets a curve of bytes for each; metrics.jsonl has them for any number."""
-_REMOTE, _HITS, _MISSES, _RETRIES, _BAD = range(5)
+_BAD = 4  # after the four of a batch's "reads"
 
 
 @dataclass(kw_only=True)
@@ -27,6 +27,8 @@ class Reading:
     waited: float = 0.0
     """Seconds that the loop waited for batches, since the last report."""
     _sums: np.ndarray = field(default_factory=lambda: np.zeros(5, dtype=np.int64))
+    _before: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Bytes of each rank at the last report."""
 
     def add(self, batch: Batch) -> None:
         """Count a batch. Raises ValueError where this rank alone has too many bad samples."""
@@ -54,21 +56,21 @@ class Reading:
         share = min(1.0, self.waited / seconds)
         waits = gather_rows(engine, torch.tensor([share])).tolist()
         self.waited = 0.0
+        if not len(self._before):
+            self._before = np.zeros(len(ranks), dtype=np.int64)
         bad = int(ranks[:, 1 + _BAD].sum())
         self._check(bad, "see the lines before it")
         row: dict[str, Any] = {"data_wait": round(share, 4), "bytes_read": ranks[:, 0].tolist(), "bad_samples": bad}
         scalars: dict[str, float | None] = {
             "speed/data_wait": share,
-            "data/wait_largest": max(waits),
-            "data/bytes_read": float(ranks[:, 0].sum()),
+            "speed/data_wait_largest": max(waits),
+            "speed/bytes_per_second": float((ranks[:, 0] - self._before).sum() / seconds),
             "data/bad_samples": float(bad),
         }
-        scalars |= {
-            f"data/bytes_read_rank_{rank}": float(ranks[rank, 0]) for rank in range(min(len(ranks), TAGGED_RANKS))
-        }
-        remote, hits, misses, retries = (
-            int(ranks[:, 1 + place].sum()) for place in (_REMOTE, _HITS, _MISSES, _RETRIES)
-        )
+        for rank in range(min(len(ranks), TAGGED_RANKS)):
+            scalars[f"speed/bytes_per_second_rank_{rank}"] = float((ranks[rank, 0] - self._before[rank]) / seconds)
+        self._before = ranks[:, 0]
+        remote, hits, misses, retries = ranks[:, 1 : 1 + _BAD].sum(axis=0).tolist()
         if remote or hits or misses or retries:
             row |= {"remote_bytes": remote, "cache_hits": hits, "cache_misses": misses, "retries": retries}
             scalars |= {
