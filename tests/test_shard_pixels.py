@@ -121,6 +121,35 @@ def test_every_kind_of_image_is_scaled_by_the_same_filter():
     assert made.bit_depth == 16 and made.pixel_max <= 4095
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode", "channels", "depth"),
+    [
+        ("PNG", "1", 1, 8),
+        ("PNG", "LA", 1, 8),
+        ("PNG", "P", 3, 8),
+        ("PNG", "RGBA", 3, 8),
+        ("JPEG", "CMYK", 3, 8),
+        ("TIFF", "I;16B", 1, 16),
+        ("WEBP", "RGB", 3, 8),
+    ],
+)
+def test_unusual_kinds_are_scaled_too(kind, mode, channels, depth):
+    whole = Image.fromarray(colour(150, 131) if channels == 3 else radiograph(150, 131))
+    if mode == "I;16B":
+        whole = Image.fromarray(radiograph(150, 131).astype(">u2") * 16)
+    buffer = io.BytesIO()
+    (whole if whole.mode == mode else whole.convert(mode)).save(buffer, kind)
+    original = opened(buffer.getvalue())
+    assert original.mode == mode
+    made = prepare(buffer.getvalue(), "png", Encoding(size=40, encode="png"))
+    assert (made.channels, made.bit_depth) == (channels, depth)
+    found = opened(made.data)
+    assert found.mode == ("I;16" if depth == 16 else "RGB" if channels == 3 else "L")
+    plain = original.convert("I") if depth == 16 else original.convert(found.mode)
+    wanted = cv2.resize(np.asarray(plain).astype(np.float64), found.size, interpolation=cv2.INTER_AREA)
+    assert found.size == scaled_size(131, 150, 40) and np.abs(np.asarray(found) - wanted).max() <= 0.51
+
+
 # ---- damage
 
 
