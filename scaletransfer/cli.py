@@ -31,7 +31,9 @@ COMMANDS = {
         "scaletransfer.synthetic:main", "draw a data set to try things with: CheXpert's layout, or a folder of images"
     ),
     "make-shards": Command("scaletransfer.make_shards:main", "turn a data set folder into shards, or list its rows"),
-    "shards": Command("scaletransfer.shards:shards_main", "verify, repair, describe or reshard a folder of shards; index other tars"),
+    "shards": Command(
+        "scaletransfer.shards:shards_main", "verify, repair, describe or reshard a folder of shards; index other tars"
+    ),
     "check-data": Command(
         "scaletransfer.check_data:main", "look at shards before training: labels, patients, copies, pixels"
     ),

@@ -18,14 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from scaletransfer import keys
-from scaletransfer.files import field_of, sync_folder, write_atomically
+from scaletransfer.files import drop_if_empty, field_of, sync_folder, write_atomically
 from scaletransfer.foreign_members import is_foreign
 from scaletransfer.index import INDEX_NAME, ShardIndex, read_index
 from scaletransfer.reshard import OPTION, plan_again
 from scaletransfer.sample_table import patient_numbers
 from scaletransfer.shard_build import sample_table, write_missing
 from scaletransfer.shard_image import Encoding
-from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, drop_if_empty, ours, remove_work
+from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, ours, remove_work
 from scaletransfer.shard_plan import FirstRecords, Plan, Sample, plan_shards, with_digest
 from scaletransfer.shard_scan import samples_in
 from scaletransfer.shard_verify import shard_problem, side_files, table_of
