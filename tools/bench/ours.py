@@ -2,7 +2,8 @@
 
 Settings: ``shards`` (folder) or ``files`` (a folder a class, read through an index in memory), ``kind`` (xray,
 natural), ``augment`` (see `_transform`), ``size``, ``batch``, ``workers``, ``worker_kind`` (threads, processes; 0
-workers: this process). ``augment`` "read" reads images and decodes nothing.
+workers: this process), ``seen`` (samples seen before the first batch). ``augment`` "read" reads images and decodes
+nothing.
 """
 
 from __future__ import annotations
@@ -71,18 +72,23 @@ def open_index(settings: Settings) -> ShardIndex:
 
 def open_stream(settings: Settings) -> Iterator[Any]:
     """The images of each batch: uint8 [batch, channels, size, size]."""
-    index, policy, batch = open_index(settings), LabelPolicy(), settings["batch"]
-    source = Source(
-        index=index, split="train", policy=policy, names=target_names([index], policy, "intersection", None)
-    )
-    order = Order(shards=(source.shards,), weights=(None,), seed=_SEED, global_batch=batch)
-    transform = _transform(settings)
-    data = ShardDataset([source], order, transform, transform.channels, _SEED)
-    sampler = StepSampler(0, _EPOCHS * order.samples_per_epoch, 0, 1, batch, batch)
+    data, order = open_dataset(settings)
+    batch = settings["batch"]
+    sampler = StepSampler(settings.get("seen", 0), _EPOCHS * order.samples_per_epoch, 0, 1, batch, batch)
     if settings["augment"] == "read":
         return _read_only(data, sampler)
     loader = make_loader(data, sampler, settings["workers"], settings.get("worker_kind", "auto"))
     return (made["image"] for made in batches(loader))
+
+
+def open_dataset(settings: Settings) -> tuple[ShardDataset, Order]:
+    """The training set, and its order."""
+    index, policy = open_index(settings), LabelPolicy()
+    names = target_names([index], policy, "intersection", None)
+    source = Source(index=index, split="train", policy=policy, names=names)
+    order = Order(shards=(source.shards,), weights=(None,), seed=_SEED, global_batch=settings["batch"])
+    transform = _transform(settings)
+    return ShardDataset([source], order, transform, transform.channels, _SEED), order
 
 
 def _transform(settings: Settings) -> Fused:

@@ -84,4 +84,5 @@ def opened(settings: Settings) -> Opened:
     return batches(), lambda: shape_of(last[0])
 
 
-serve(opened)
+if __name__ == "__main__":
+    serve(opened)
