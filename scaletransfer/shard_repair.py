@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scaletransfer import keys
-from scaletransfer.files import drop_if_empty, field_of, sync_folder, write_atomically
+from scaletransfer.files import field_of, sync_folder, write_atomically
 from scaletransfer.foreign_members import is_foreign
 from scaletransfer.index import INDEX_NAME, ShardIndex, read_index
 from scaletransfer.reshard import OPTION, plan_again
@@ -291,7 +292,8 @@ def _made(
 def _remove(out: Output) -> None:
     clear(out)
     remove_work(out)
-    drop_if_empty(out.folder)
+    with suppress(OSError):  # files of somebody else in it stay
+        out.folder.rmdir()
 
 
 def _table(index: ShardIndex, split: str, planner: _Planner) -> bytes:
