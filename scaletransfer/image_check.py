@@ -68,19 +68,27 @@ def probe_areas(index: ShardIndex, split: str, rows: NDArray[np.integer]) -> NDA
     first image that has no readable header, and for a file that is gone.
     """
 
+    reader = ShardReader()
+
+    def piece(place: str, offset: int, size: int) -> bytes:
+        if index.url:
+            return reader.read(place, offset, size)
+        with open(place, "rb") as file:  # of a loose file that has become shorter, what there is
+            file.seek(offset)
+            return file.read(size)
+
     def size(row: int) -> tuple[int, int]:
         entry = index.table(split)[row]
-        path = index.path(split, int(entry["shard"]))
-        if index.in_memory and INSIDE in (name := index.splits[split].shards[int(entry["shard"])].file):
+        shard, offset, whole = int(entry["shard"]), int(entry["offset"]), int(entry["size"])
+        if index.in_memory and INSIDE in (name := index.splits[split].shards[shard].file):
             return image_size(read_image_file(index.folder, name))
+        place = index.place(split, shard)
         try:
-            with open(path, "rb") as file:  # not ShardReader: its open files belong to one thread
-                file.seek(int(entry["offset"]))
-                data = file.read(min(_HEAD, int(entry["size"])))
-                try:
-                    return image_size(data)
-                except ValueError:
-                    return image_size(data + file.read(int(entry["size"]) - len(data)))
+            data = piece(place, offset, min(_HEAD, whole))
+            try:
+                return image_size(data)
+            except ValueError:
+                return image_size(data + piece(place, offset + len(data), whole - len(data)))
         except (ValueError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(

@@ -118,6 +118,11 @@ class ShardIndex:
     _tables: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     _places: dict[tuple[str, int], str] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def where(self) -> str:
+        """The folder as sentences name it: its path or URL."""
+        return shown(self.url) or str(self.folder)
+
     def table(self, split: str) -> NDArray[Any]:
         """The sample table of `split`: a read-only structured array, one row a sample, in shard order.
 
@@ -164,9 +169,7 @@ class ShardIndex:
 
     def _split(self, split: str) -> SplitInfo:
         if split not in self.splits:
-            raise ValueError(
-                f"{shown(self.url) or self.folder}: there is no split {split!r}; it has {', '.join(self.splits)}"
-            )
+            raise ValueError(f"{self.where}: there is no split {split!r}; it has {', '.join(self.splits)}")
         return self.splits[split]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,16 +81,14 @@ def target_names(
     for other in indexes[1:]:
         if other.salt_fingerprint != first.salt_fingerprint:
             raise ValueError(
-                f"{first.folder} and {other.folder} were made with different salts, so their patients cannot be "
+                f"{first.where} and {other.where} were made with different salts, so their patients cannot be "
                 "compared: make both with the same --salt-file"
             )
     if first.task == "multiclass":
         names = first.label_names
         for other in indexes[1:]:
             if other.label_names != names:
-                raise ValueError(
-                    f"{other.folder} has other classes than {first.folder}: their class lists must be equal"
-                )
+                raise ValueError(f"{other.where} has other classes than {first.where}: their class lists must be equal")
     else:
         vocabularies = [labels.vocabulary(i.source, policy, i.label_names) for i in indexes]
         how = "union" if findings == "union" else "intersection"

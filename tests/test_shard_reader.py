@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -333,3 +335,29 @@ def test_a_hostile_index_behind_a_url_writes_and_reads_nothing_outside(shards, s
         with pytest.raises(ValueError, match=f"{url}/index.json names the file .* not a plain name"):
             load_index(url, settings(tmp_path))
         assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.*"))
+
+
+@pytest.mark.parametrize("mode", ["range", "cache"])
+def test_a_folder_behind_a_web_server_is_read_too(shards, s3, tmp_path, mode):
+    """It gives no listing, so each file is asked for."""
+    s3.put(shards, "chexpert")
+    s3.client.put_bucket_acl(Bucket="shards", ACL="public-read")
+    for path in shards.glob("*.*"):
+        s3.client.put_object_acl(Bucket="shards", Key=f"chexpert/{path.name}", ACL="public-read")
+    url = f"{s3.endpoint}/shards/chexpert"
+    index = load_index(url, settings(tmp_path))
+    assert images(ShardReader(settings(tmp_path, mode=mode)), index) == images(ShardReader(), load_index(shards))
+    s3.client.delete_object(Bucket="shards", Key="chexpert/train-000001.tar")
+    with pytest.raises(ValueError, match=f"{url}/train-000001.tar is missing"):
+        load_index(url, settings(tmp_path))
+
+
+def test_a_web_server_without_ranges_is_refused(shards, tmp_path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = load_index(f"http://127.0.0.1:{server.server_address[1]}", settings(tmp_path))
+        with pytest.raises(ValueError, match=r"train-00000.\.tar: the server ignores ranges of bytes; copy the folder"):
+            read_image(ShardReader(settings(tmp_path, mode="range")), index, "train", 0)
+        images(ShardReader(settings(tmp_path, mode="cache")), index)  # small ones are whole in one answer
+        server.shutdown()

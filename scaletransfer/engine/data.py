@@ -45,7 +45,7 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
     for index, split in [*train, *valid]:
         if split not in index.splits:
             hint = " (set validate.every_epochs=null to train without validation)" if (index, split) in valid else ""
-            raise ValueError(f"{index.folder} has no split {split!r}, only {', '.join(index.splits)}{hint}")
+            raise ValueError(f"{index.where} has no split {split!r}, only {', '.join(index.splits)}{hint}")
     names = target_names([index for index, _ in train], rules, data.findings, data.expect_labels)
     if data.nb_classes is not None and data.nb_classes != len(names):
         raise ValueError(
@@ -106,14 +106,14 @@ def check_validates(valid: Sequence[ShardIndex], train: ShardIndex, rules: Label
     """
     for index in valid:
         if index.task != train.task:
-            raise ValueError(f"data.valid {index.folder} is {index.task} but data.train {train.folder} is {train.task}")
+            raise ValueError(f"data.valid {index.where} is {index.task} but data.train {train.where} is {train.task}")
         own = tuple(index.label_names)
         if index.task == "multiclass" and own != tuple(names):
             raise ValueError(
-                f"data.valid {index.folder} has {len(own)} classes that are not the {len(names)} of data.train "
-                f"{train.folder} in the same order: validate on shards of the same data set"
+                f"data.valid {index.where} has {len(own)} classes that are not the {len(names)} of data.train "
+                f"{train.where} in the same order: validate on shards of the same data set"
             )
         if index.task == "multilabel" and not set(names) & set(vocabulary(index.source, rules, own)):
             raise ValueError(
-                f"data.valid {index.folder} has none of the findings that are trained: choose another folder"
+                f"data.valid {index.where} has none of the findings that are trained: choose another folder"
             )
