@@ -9,7 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,6 +54,12 @@ def lack_of_space_named(folder: Path) -> Iterator[None]:
             raise
         mend = "and run the same command again; what is finished stays"
         raise OSError(error.errno, f"{what}, {mend}", str(folder)) from error
+
+
+def drop_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing; any other stays."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,20 +7,28 @@ slashes, and the name inside; in an archive inside of an archive, so on.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import zipfile
 import zlib
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 from scaletransfer import cifar_batches
 from scaletransfer.files import inside
+from scaletransfer.mirrors import is_image, mirrored_url, read_mirrored
 
 INSIDE = "//"
 _LARGEST = 1 << 31
 """Bytes that one image may have; a zip member that claims more is refused before it is unpacked."""
 _OPEN_ARCHIVES = 128
+_FETCHED_AHEAD = 16
+"""Images behind a URL that a process asks for at once: a request takes longer than decoding."""
 
 
 def file_of(image: str) -> str:
@@ -56,11 +64,12 @@ def image_size(root: Path, image: str, span: tuple[int, int] | None = None) -> i
 def read_image(root: Path, image: str, span: tuple[int, int] | None = None) -> bytes:
     """All bytes of an image: the file as it is, or, of a row of CIFAR, a PNG of it.
 
-    Raises FileNotFoundError where there is none, ValueError for an archive that can't be read or is damaged there.
+    Raises FileNotFoundError where there is none, ValueError for an archive that can't be read or is damaged there;
+    for an image behind a URL, ConnectionError where the storage does not give it.
     """
     file = root / inside(file_of(image), root)
     if INSIDE not in image:
-        return file.read_bytes()
+        return read_mirrored(root, image) if mirrored_url(root) and is_image(image) else file.read_bytes()
     if span is not None:
         with open(file, "rb") as stream:
             stream.seek(span[0])
@@ -79,6 +88,40 @@ def read_image(root: Path, image: str, span: tuple[int, int] | None = None) -> b
         raise FileNotFoundError(f"{file} has no member {name}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{file}: {name} is damaged ({error}); download the archive again") from error
+
+
+def open_image(root: Path, image: str, span: tuple[int, int] | None = None) -> BinaryIO:
+    """A file of the image's bytes, for a look at its beginning: a plain file is not read as a whole.
+
+    Raises as `read_image`.
+    """
+    if INSIDE in image or mirrored_url(root):
+        return io.BytesIO(read_image(root, image, span))
+    return open(root / inside(image, root), "rb")
+
+
+def read_images(
+    root: Path, images: Iterable[tuple[str, tuple[int, int] | None]]
+) -> Generator[Callable[[], bytes], None, None]:
+    """For each (image, span) a function that gives `read_image` of it; images behind a URL are fetched ahead.
+
+    The functions are to be called in their order.  Close the generator where not all of them are wanted.
+    """
+    if not mirrored_url(root):
+        for image, span in images:
+            yield partial(read_image, root, image, span)
+        return
+    fetched: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(_FETCHED_AHEAD) as pool:
+        try:
+            for image, span in images:
+                fetched.append(pool.submit(read_image, root, image, span))
+                if len(fetched) > _FETCHED_AHEAD:
+                    yield fetched.popleft().result
+            while fetched:
+                yield fetched.popleft().result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def zip_names(root: Path, archive: str) -> list[str]:

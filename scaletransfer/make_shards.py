@@ -18,13 +18,17 @@ from tqdm import tqdm
 from scaletransfer import keys
 from scaletransfer.cli import CommandParser
 from scaletransfer.listing import LABEL_MODES, write_listing
+from scaletransfer.mirrors import open_mirror
 from scaletransfer.pixel_range import WHITE16
 from scaletransfer.shard_output import Output, Part, parse_part
 from scaletransfer.shard_parts import PartReport, build_part, merge, shards_of
 from scaletransfer.shard_plan import FirstRecords, check_images
 from scaletransfer.shard_range import measure_plan
+from scaletransfer.shard_remote import open_output
 from scaletransfer.shards import BuildReport, Encoding, Plan, build, describe, plan_shards
 from scaletransfer.sources import SOURCES, named_values, open_source, source_class, source_options
+from scaletransfer.storage import is_url, local_path
+from scaletransfer.storage_errors import shown
 
 FINISHED = "these shards were finished already by the same command; nothing to do"
 
@@ -34,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check_jobs(options)
     source_settings = _source_settings(options)
-    source: Any = open_source(options.source, options.root, **source_settings)
+    source: Any = open_source(options.source, _root(options.root), **source_settings)
     salt = keys.PUBLIC_SALT if source.public and not options.salt_file else keys.load_salt(options.salt_file)
     recorded = _recorded(options.source, source, source_settings)
     if options.limit is not None:
@@ -68,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _build(plan: Plan, options: argparse.Namespace) -> int:
     """Shards, a part of them, or the merge of parts."""
-    out = Output(options.out or Path("shards") / plan.source)
+    out = open_output(options.out or Path("shards") / plan.source, options.staging)
     part = parse_part(options.part) if options.part else None
     files = None if part is None else shards_of(plan, part.of)[part.number]
     total = sum(end - start for _, file, start, end in plan.shards() if files is None or file in files)
@@ -95,6 +99,23 @@ def _build(plan: Plan, options: argparse.Namespace) -> int:
             )
     _print_report(out, report, merged=options.merge)
     return 0
+
+
+def _root(place: str) -> Path:
+    """The folder of the data set; of one behind a URL, its mirror."""
+    if not is_url(place):
+        return Path(place)
+    local = local_path(place)
+    if local is not None:
+        return Path(local)
+    mirror = open_mirror(place)
+    copied = f", {mirror.copied:,} bytes of them now" if mirror.copied else ""
+    print(
+        f"note: {shown(place)}: {mirror.images:,} images stay there; {mirror.files:,} other files are copied to "
+        f"{mirror.folder}{copied}",
+        file=sys.stderr,
+    )
+    return mirror.folder
 
 
 def _measure(plan: Plan, options: argparse.Namespace) -> int:
@@ -230,8 +251,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help=f"the data set: {', '.join(SOURCES)}, or module:Class")
-    add("--root", required=True, type=Path, help="folder of the data set")
-    add("--out", type=Path, help="folder of the shards (default: shards/SOURCE)")
+    add("--root", required=True, help="folder of the data set, or URL: s3://bucket/CheXpert-v1.0")
+    add("--out", help="folder of the shards (default: shards/SOURCE), or URL: s3://bucket/shards/chexpert")
+    add(
+        "--staging",
+        type=Path,
+        metavar="DIR",
+        help="where shards lie until they are stored behind the URL --out (default: in ~/.cache/scaletransfer)",
+    )
     add("--list", type=Path, metavar="FILE.csv", help="write the table of what would be sharded, and stop")
     add("--labels", metavar="|".join(LABEL_MODES), help="label columns of --list (default: corrected)")
     add("--protocol", default="corrected", choices=("corrected", "paper"), help="splits and rows: %(choices)s")

@@ -17,7 +17,7 @@ import numpy as np
 
 from scaletransfer import keys as sample_keys
 from scaletransfer.dicom import HEAD, DicomError, PydicomMissing, is_dicom, read_header
-from scaletransfer.image_files import INSIDE, image_size, read_image
+from scaletransfer.image_files import image_size, open_image, read_image
 from scaletransfer.pixel_range import WHITE16, declared_white, full_range
 
 _PROBE_THREADS = 16
@@ -175,7 +175,7 @@ def _mode(root: Path, record: RecordLike) -> str:
     from PIL import Image
 
     try:
-        with _opened(root, record) as file:
+        with open_image(root, record.image, record.span) as file:
             head = file.read(HEAD)
             if is_dicom(head):
                 return "I;16" if _dicom_bits(head + file.read(_DICOM_HEAD), file) == 16 else "L"
@@ -186,12 +186,6 @@ def _mode(root: Path, record: RecordLike) -> str:
         raise
     except Exception:  # Pillow's readers of headers raise OSError, SyntaxError, struct.error, ...
         return ""
-
-
-def _opened(root: Path, record: RecordLike) -> BinaryIO:
-    if INSIDE in record.image:
-        return io.BytesIO(read_image(root, record.image, record.span))
-    return open(root / record.image, "rb")
 
 
 def _dicom_bits(head: bytes, rest: BinaryIO) -> int:

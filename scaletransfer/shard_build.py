@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scaletransfer.files import json_bytes, write_atomically
+from scaletransfer.files import drop_if_empty, json_bytes, write_atomically
 from scaletransfer.index import (
     INDEX_NAME,
     ShardIndex,
@@ -25,7 +25,7 @@ from scaletransfer.index import (
 )
 from scaletransfer.records import key_number
 from scaletransfer.sample_table import count_patients, label_rows, label_totals, table_dtype
-from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, drop_if_empty, plan_of_index, remove_work
+from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, plan_of_index, remove_work
 from scaletransfer.shard_plan import Plan, Sample
 from scaletransfer.shard_range import measure_range
 from scaletransfer.shard_writer import ShardTask, shard_tasks, write_all
@@ -70,10 +70,13 @@ def build(
     with claimed(out, plan.digest, overwrite=overwrite):
         try:
             if plan.encoding.bit_depth and not plan.encoding.pixel_max:
-                white = measure_range(shard_tasks(plan, out.folder), workers, measured)
+                white = out.known_range()
+                if white is None:
+                    white = measure_range(shard_tasks(plan, out.folder), workers, measured)
+                    out.keep_range(white)
                 plan = replace(plan, encoding=replace(plan.encoding, pixel_max=white))
             done, images, kept = write_missing(out, shard_tasks(plan, out.folder), workers, progress)
-            index = finish(plan, out, done)
+            finish(plan, out, done)
         except ValueError:
             # the options or the data are wrong: leave nothing of this run that refuses the mended command
             clear(out)
@@ -81,6 +84,7 @@ def build(
             drop_if_empty(out.folder)
             raise
     remove_work(out)
+    index = out.index()  # what is wrong with it now gives no reason to remove it
     return BuildReport(index=index, images=images, seconds=time.monotonic() - start, kept_shards=kept)
 
 
@@ -138,7 +142,7 @@ def _seen(markers: Any) -> Counter[tuple[int, int]]:
     return seen
 
 
-def finish(plan: Plan, out: Output, done: dict[str, dict[str, Any]]) -> ShardIndex:
+def finish(plan: Plan, out: Output, done: dict[str, dict[str, Any]]) -> None:
     """Tables, side files, then the index, when every shard is there; done: {file: marker} of all of them.
 
     Raises ValueError for a split without a usable image and for mixed bit depths.
@@ -176,7 +180,6 @@ def finish(plan: Plan, out: Output, done: dict[str, dict[str, Any]]) -> ShardInd
     write_index(folder, content)
     tables = [info.table_file for info in splits.values()]
     out.publish([*tables, *(f"wids-{split}.json" for split in splits), INFO_NAME, INDEX_NAME])
-    return out.index()
 
 
 def _finish_split(

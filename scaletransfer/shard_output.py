@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaletransfer.files import json_bytes, lack_of_space_named, write_atomically
+from scaletransfer.files import drop_if_empty, json_bytes, lack_of_space_named, write_atomically
 from scaletransfer.index import INDEX_NAME, ShardIndex, load_index
 from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, finished
 
@@ -132,6 +132,13 @@ class Output:
 
     def publish(self, names: Sequence[str]) -> None:
         """Store files that were written into `folder`, in this order."""
+
+    def known_range(self) -> int | None:
+        """The measured range of 16-bit images, where an interrupted build has kept it."""
+        return None  # that of each shard is in the work folder (`shard_range`)
+
+    def keep_range(self, white: int) -> None:
+        """Keep it for a build that goes on elsewhere."""
 
     def clean(self, part: Part | None = None) -> None:
         """Remove what the build, or one part of it, has left elsewhere than in the output."""
@@ -276,9 +283,3 @@ def remove_work(out: Output) -> None:
 def _work(names: Iterable[str], *, locks: bool) -> list[str]:
     work = [name for name in names if name.startswith(f"{WORK_FOLDER}/")]
     return [name for name in work if locks or not name.endswith(("/lock", ".lock"))]
-
-
-def drop_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing."""
-    with suppress(OSError):  # not empty, or not there
-        folder.rmdir()

@@ -122,9 +122,9 @@ def merge(
         if len(done) < len(tasks):
             missing = [task for task in tasks if task.file not in done]
             raise ValueError(_lacking(out, plan, begun, missing, damaged))
-        index = finish(plan, out, done)
+        finish(plan, out, done)
     remove_work(out)
-    return BuildReport(index=index, images=0, seconds=time.monotonic() - start, kept_shards=len(done))
+    return BuildReport(index=out.index(), images=0, seconds=time.monotonic() - start, kept_shards=len(done))
 
 
 def _lacking(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletransfer.files import cache_folder, json_bytes, write_atomically
-from scaletransfer.image_files import read_image
+from scaletransfer.image_files import read_images
 from scaletransfer.pixel_range import full_range
 from scaletransfer.shard_image import UnusableImage, largest_value
 from scaletransfer.shard_plan import Plan
@@ -56,16 +56,18 @@ def measure_plan(plan: Plan, workers: int, progress: Callable[[int], object]) ->
 def measure(task: ShardTask, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
     """{"largest": value} of the images of one shard, written to its file in the work folder as well."""
     largest = 0
-    for sample in task.samples:
-        try:
-            if not sample.missing:
-                largest = max(largest, largest_value(read_image(task.root, sample.image, sample.span)))
-        except UnusableImage:
-            pass  # its reason is recorded when its shard is written
-        except ValueError as error:
-            raise ValueError(f"{task.root / sample.image}: {error}") from None
-        if progress:
-            progress(1)
+    wanted = [(sample.image, sample.span) for sample in task.samples if not sample.missing]
+    with closing(read_images(task.root, wanted)) as images:
+        for sample in task.samples:
+            try:
+                if not sample.missing:
+                    largest = max(largest, largest_value(next(images)()))
+            except UnusableImage:
+                pass  # its reason is recorded when its shard is written
+            except ValueError as error:
+                raise ValueError(f"{task.root / sample.image}: {error}") from None
+            if progress:
+                progress(1)
     content = {"largest": largest}
     write_atomically(_file(task), json_bytes(content))
     return content

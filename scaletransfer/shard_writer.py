@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from scaletransfer.files import json_bytes, sync_folder, write_atomically
-from scaletransfer.image_files import read_image
+from scaletransfer.image_files import read_images
 from scaletransfer.sample_table import TOKEN_SEPARATOR
 from scaletransfer.shard_image import Encoding, UnusableImage, prepare
 from scaletransfer.shard_plan import Plan, Sample
@@ -188,25 +188,27 @@ def _write_samples(
     quarantine: list[list[str]] = []
     seen: Counter[str] = Counter()
     pixel_max = 0
-    for row, sample in enumerate(task.samples, task.first_row):
-        try:
-            if sample.missing:
-                raise UnusableImage("the file is missing")
-            data = read_image(task.root, sample.image, sample.span)
-            image = prepare(data, task.extension, task.encoding)
-        except UnusableImage as reason:
-            quarantine.append([sample.key, str(reason)])
-        except ValueError as error:
-            raise ValueError(f"{task.root / sample.image}: {error}") from None
-        else:
-            extension, label = label_member(sample, task.label_kind)
-            rows.append([row, out.size + tarfile.BLOCKSIZE, len(image.data)])
-            out.write(member_bytes(f"{sample.key}.{task.extension}", image.data))
-            out.write(member_bytes(f"{sample.key}.{extension}", label))
-            seen[f"{image.channels}x{image.bit_depth}"] += 1
-            pixel_max = max(pixel_max, image.pixel_max)
-        if progress:
-            progress(1)
+    wanted = [(sample.image, sample.span) for sample in task.samples if not sample.missing]
+    with closing(read_images(task.root, wanted)) as images:
+        for row, sample in enumerate(task.samples, task.first_row):
+            try:
+                if sample.missing:
+                    raise UnusableImage("the file is missing")
+                data = next(images)()
+                image = prepare(data, task.extension, task.encoding)
+            except UnusableImage as reason:
+                quarantine.append([sample.key, str(reason)])
+            except ValueError as error:
+                raise ValueError(f"{task.root / sample.image}: {error}") from None
+            else:
+                extension, label = label_member(sample, task.label_kind)
+                rows.append([row, out.size + tarfile.BLOCKSIZE, len(image.data)])
+                out.write(member_bytes(f"{sample.key}.{task.extension}", image.data))
+                out.write(member_bytes(f"{sample.key}.{extension}", label))
+                seen[f"{image.channels}x{image.bit_depth}"] += 1
+                pixel_max = max(pixel_max, image.pixel_max)
+            if progress:
+                progress(1)
     return {"file": task.file, "rows": rows, "quarantine": quarantine, "seen": dict(seen), "pixel_max": pixel_max}
 
 

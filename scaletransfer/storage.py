@@ -184,7 +184,7 @@ def list_names(url: str, remote: RemoteSettings = DEFAULT) -> list[str]:
 
 
 def list_files(url: str, remote: RemoteSettings = DEFAULT) -> dict[str, tuple[int, str]]:
-    """Everything below the folder `url`, by one listing: "train/a.jpg" -> (bytes, text that changes with the object)."""
+    """{"train/a.jpg" -> (bytes, text that changes with the object)} of all below the folder `url`, by one listing."""
 
     def call(fs: Any) -> dict[str, tuple[int, str]]:
         base = str(fs._strip_protocol(url)).strip("/")
