@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from scaletransfer.cli import CommandParser, run_command
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parents[1] / "runs" / "bench"
 QUICK_SHARE = 4
+LEAST = {"xray": 32, "xray256": 200, "colour": 200}
+"""Images of a set: each of two workers, which share the shards, must have enough to fill a batch."""
 SETS = {
     "xray": Drawn(name="xray", images=64, height=2828, width=2320, channels=1, kilobytes=618, quality=90),
     "xray256": Drawn(name="xray256", images=2000, height=312, width=256, channels=1, kilobytes=21, quality=95),
@@ -67,13 +69,16 @@ def main(argv: Sequence[str]) -> int:
         make_peers(options.make_peers, print)
         return 0
     chosen = _listed(options.only, SETS, "--only")
-    workers = [int(number) for number in options.workers.split(",")]
-    rounds = options.rounds or (2 if options.quick else 5)
-    seconds = options.seconds or (0.6 if options.quick else 1.2)
+    workers = _workers(options.workers or ("2" if options.quick else "0,2"))
+    images = _images(options.images, options.quick)
+    rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
+    seconds = options.seconds if options.seconds is not None else 0.6 if options.quick else 1.2
+    if rounds < 1 or seconds <= 0:
+        raise ValueError("--rounds must be at least 1 and --seconds above 0")
     print(tables.conditions(rounds, seconds), flush=True)
     found: dict[str, list[Line]] = {}
     for name in chosen:
-        data = _data(name, options.data, QUICK_SHARE if options.quick else 1)
+        data = drawn_set(name, options.data, images, _say)
         lines = line_up(name, data, options.peers, options.quick)
         for count in workers:
             programs = [program for line in lines if (program := line.program(count)) is not None]
@@ -81,18 +86,40 @@ def main(argv: Sequence[str]) -> int:
         found[name] = lines
         print(f"\n## {TITLES[name]}\n\n{data.describe()}; batches of {lines[0].batch}\n")
         print(tables.table(lines, workers), flush=True)
-    print("\n" + tables.promises(found, workers))
+    print("\n" + tables.promises(found))
     if options.json:
         options.json.write_text(json.dumps(tables.as_json(found), indent=1))
     return 0
 
 
-def _data(name: str, folder: Path, share: int) -> Data:
+def drawn_set(name: str, folder: Path, images: Mapping[str, int], say: Callable[[str], None]) -> Data:
+    """A set of SETS with another number of images, drawn unless it is there. Of photographs, both sets are the same."""
     drawn = SETS[name]
-    if share > 1:
-        drawn = replace(drawn, images=max(32, drawn.images // share), name=f"{name}-quick")
-    files = _data("colour", folder, share) if name == "colour256" else None
-    return prepare(drawn, folder, _say, files)
+    source = "colour" if name == "colour256" else name
+    if images[source] != drawn.images:
+        drawn = replace(drawn, images=images[source], name=f"{name}-{images[source]}")
+    files = drawn_set("colour", folder, images, say) if name == "colour256" else None
+    return prepare(drawn, folder, say, files)
+
+
+def _images(given: Sequence[str], quick: bool) -> dict[str, int]:
+    """The number of images of each set."""
+    share = QUICK_SHARE if quick else 1
+    found = {name: max(least, SETS[name].images // share) for name, least in LEAST.items()}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in LEAST:
+            raise ValueError(f"--images {text}: give NAME=N with one of the names {', '.join(LEAST)}")
+        if not number.isdecimal() or int(number) < LEAST[name]:
+            raise ValueError(f"--images {text}: give at least {LEAST[name]} images of {name}")
+        found[name] = int(number)
+    return found
+
+
+def _workers(text: str) -> list[int]:
+    if not all(number.isdecimal() for number in text.split(",")):
+        raise ValueError(f"--workers {text}: give numbers with commas between them, such as 0,2")
+    return [int(number) for number in text.split(",")]
 
 
 def _say(text: str) -> None:
@@ -115,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--only", default=",".join(SETS), metavar="A,B", help=f"workloads (default: {', '.join(SETS)})")
-    add("--workers", default="0,2", metavar="N,M", help="numbers of workers, 0 is the process itself (default: 0,2)")
+    add("--workers", metavar="N,M", help="numbers of workers, 0 is the process itself (default: 0,2; quick: 2)")
+    add("--images", action="append", default=[], metavar="NAME=N", help="images to draw for xray, xray256 or colour")
     add("--rounds", type=int, metavar="N", help="how often each program is measured (default: 5; quick: 2)")
     add("--seconds", type=float, metavar="S", help="for how long each time (default: 1.2; quick: 0.6)")
     add("--data", type=Path, default=RUNS / "data", help="folder of the drawn images (default: runs/bench/data)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from bench.conductor import Program
 from bench.line_up import LIMIT, OURS, Line
 
 _LIMIT_XRAY = f"{LIMIT}, 1/4, as ours does"
@@ -104,22 +105,21 @@ def _cells(line: Line, workers: int, lines: Mapping[str, Line]) -> list[str]:
     ]
 
 
-def promises(found: Mapping[str, Sequence[Line]], workers: Sequence[int]) -> str:
-    """Markdown: the ratios that the project promises, those that were measured."""
-    rows = ["| ratio of medians | promised | measured | |", "|---|---:|---:|---|"]
+def promises(found: Mapping[str, Sequence[Line]]) -> str:
+    """Markdown: the ratios that the project promises, those that were measured; the same of the processor's time."""
+    rows = ["| ratio of medians | promised | measured | | of CPU time |", "|---|---:|---:|---|---:|"]
     for promise in PROMISES:
-        above = _rate(found, promise.workload, promise.line, promise.workers)
         other = promise.other_workload or promise.workload
-        below = _rate(found, other, promise.other, promise.workers)
-        if not above or not below:
+        above = _program(found, promise.workload, promise.line, promise.workers)
+        below = _program(found, other, promise.other, promise.workers)
+        if above is None or below is None:
             continue
-        ratio = above / below
+        ratio, work = above.rate / below.rate, median(below.cpu) / median(above.cpu)
         who = "1 process" if not promise.workers else f"{promise.workers} workers"
         against = promise.other + (f" ({other})" if promise.other_workload else "")
         kept = "kept" if ratio >= promise.least else "**not kept**"
-        rows.append(
-            f"| {promise.workload}, {who}: {promise.line} / {against} | {promise.least:g} | {ratio:.2f} | {kept} |"
-        )
+        name = f"{promise.workload}, {who}: {promise.line} / {against}"
+        rows.append(f"| {name} | {promise.least:g} | {ratio:.2f} | {kept} | {work:.2f} |")
     return "\n".join(rows) if len(rows) > 2 else "none of the promised ratios was measured"
 
 
@@ -137,8 +137,10 @@ def as_json(found: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
     }
 
 
-def _rate(found: Mapping[str, Sequence[Line]], workload: str, name: str, workers: int) -> float:
-    return next((line.rate(workers) for line in found.get(workload, ()) if line.name == name), 0.0)
+def _program(found: Mapping[str, Sequence[Line]], workload: str, name: str, workers: int) -> Program | None:
+    """What was measured for a line; None where nothing was."""
+    programs = (line.programs.get(workers) for line in found.get(workload, ()) if line.name == name)
+    return next((program for program in programs if program and program.rates), None)
 
 
 def _number(rate: float) -> str:
