@@ -207,9 +207,9 @@ class RandomCrop:
 
 def _cut(pixels: np.ndarray, box: Box, scale: int) -> tuple[np.ndarray, Box]:
     """The part of an image that was decoded at 1 / scale, by whole pixels, and where in it the asked-for part lies."""
-    first_row, first_column = int(box.top) // scale, int(box.left) // scale
-    last_row = min(pixels.shape[0], math.ceil((box.top + box.height) / scale))
-    last_column = min(pixels.shape[1], math.ceil((box.left + box.width) / scale))
+    first_row, first_column = round(box.top / scale), round(box.left / scale)
+    last_row = max(first_row + 1, round((box.top + box.height) / scale))
+    last_column = max(first_column + 1, round((box.left + box.width) / scale))
     part = pixels[first_row:last_row, first_column:last_column]
     top, left = box.top / scale - first_row, box.left / scale - first_column
     return part, Box(top, left, box.height / scale, box.width / scale)
@@ -221,12 +221,14 @@ def _reduced(part: np.ndarray, box: Box, down: float, across: float) -> tuple[np
     if down == across == 1:
         return part, box
     top = left = 0
+    rows, columns = max(1, round(part.shape[0] / down)), max(1, round(part.shape[1] / across))
     if down.is_integer() and across.is_integer():
         # whole blocks are ten times as fast; what is left over is less than one, and is cut on both sides alike
         rows, columns = part.shape[0] // int(down), part.shape[1] // int(across)
         top, left = (part.shape[0] - rows * int(down)) // 2, (part.shape[1] - columns * int(across)) // 2
         part = part[top : top + rows * int(down), left : left + columns * int(across)]
-    small = cv2.resize(part, None, fx=1 / across, fy=1 / down, interpolation=cv2.INTER_AREA)
+    down, across = part.shape[0] / rows, part.shape[1] / columns
+    small = cv2.resize(part, (columns, rows), interpolation=cv2.INTER_AREA)
     return small, Box((box.top - top) / down, (box.left - left) / across, box.height / down, box.width / across)
 
 

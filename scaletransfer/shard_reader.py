@@ -55,6 +55,7 @@ class ShardReader:
         self.counters = ReadCounters()
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _File] = OrderedDict()
+        weakref.finalize(self, _close_all, self._files)
         self._cache = ShardCache(self.remote, self.counters)
         self._shards: dict[str, ShardInfo] = {}
         self._splits: dict[tuple[str, str], int] = {}  # (index digest, split) -> bytes
@@ -138,9 +139,14 @@ class ShardReader:
 
     def _after_fork(self) -> None:
         # No other thread lives here, whatever it held in the parent. The descriptors are this process's own copies.
-        for file in self._files.values():
-            os.close(file.handle)
+        _close_all(self._files)
         self._start()
+
+
+def _close_all(files: OrderedDict[str, _File]) -> None:
+    """Close what a reader kept open, once: it has ended, or is another one's after a fork."""
+    while files:
+        os.close(files.popitem()[1].handle)
 
 
 def _after_fork() -> None:

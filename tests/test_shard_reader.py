@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -361,3 +362,13 @@ def test_a_web_server_without_ranges_is_refused(shards, tmp_path):
             read_image(ShardReader(settings(tmp_path, mode="range")), index, "train", 0)
         images(ShardReader(settings(tmp_path, mode="cache")), index)  # small ones are whole in one answer
         server.shutdown()
+
+
+def test_a_reader_that_is_gone_leaves_no_file_open(tmp_path):
+    path = tmp_path / "shard.tar"
+    path.write_bytes(b"x" * 100)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert ShardReader().read(str(path), 10, 20) == b"x" * 20
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
