@@ -97,6 +97,14 @@ class S3Server:
         self.uploads.append((folder, name))
         return f"s3://{BUCKET}/{name}"
 
+    def put_tree(self, folder: Path, name: str) -> str:
+        """Upload a folder and all below it as `name`; its URL."""
+        client = self.client
+        for path in folder.rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), BUCKET, f"{name}/{path.relative_to(folder).as_posix()}")
+        return f"s3://{BUCKET}/{name}"
+
     def put_bytes(self, data: bytes, name: str) -> str:
         self.client.put_object(Bucket=BUCKET, Key=name, Body=data)
         return f"s3://{BUCKET}/{name}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +11,12 @@ from pathlib import Path
 
 import pytest
 from helpers_data import SALT, draw_image, make_chexpert, make_image_folder
-from helpers_refusal import listing
 from helpers_s3 import BUCKET, S3Server, s3, s3_server  # noqa: F401 - fixtures
 
 from scaletransfer import storage
 from scaletransfer.cli import run_command
 from scaletransfer.files import cache_folder
 from scaletransfer.make_shards import main
-from scaletransfer.mirrors import MARK, open_mirror
 from scaletransfer.shard_output import Part
 from scaletransfer.shard_parts import build_part, merge
 from scaletransfer.shard_remote import RemoteOutput, open_output
@@ -59,15 +55,6 @@ def url(request, tmp_path) -> str:
 
 def stored(url: str) -> dict[str, bytes]:
     return {name: storage.read_bytes(storage.join(url, name)) for name in storage.list_files(url)}
-
-
-def put_tree(server: S3Server, folder: Path, name: str) -> str:
-    """Upload a folder and what is below it; its URL."""
-    client = server.client
-    for path in folder.rglob("*"):
-        if path.is_file():
-            client.upload_file(str(path), BUCKET, f"{name}/{path.relative_to(folder).as_posix()}")
-    return f"s3://{BUCKET}/{name}"
 
 
 def arguments(root: str | Path, out: str | Path, *more: object) -> list[str]:
@@ -224,11 +211,11 @@ def test_staging_is_for_urls(root, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# ---- input
+# ---- input as well
 
 
 def test_from_s3_to_s3_as_between_folders(root, s3, tmp_path, capsys):  # noqa: F811
-    source = put_tree(s3, root, "CheXpert-v1.0")
+    source = s3.put_tree(root, "CheXpert-v1.0")
     assert run_command(main, arguments(root, tmp_path / "local")) == 0
     local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
     out = f"s3://{BUCKET}/shards/chexpert"
@@ -239,81 +226,6 @@ def test_from_s3_to_s3_as_between_folders(root, s3, tmp_path, capsys):  # noqa: 
     assert run_command(main, arguments(source, out)) == 0
     captured = capsys.readouterr()
     assert "finished already by the same command" in captured.out and "bytes of them now" not in captured.err
-
-
-def test_a_mirror_takes_no_room_and_follows_its_url(root, s3, tmp_path):  # noqa: F811
-    source = put_tree(s3, root, "mirrored/set")
-    first = open_mirror(source)
-    assert (first.images, first.files) == (52, 2) and first.copied > 0
-    assert first.folder.stat().st_mode & 0o77 == 0
-    theirs = {name for name in listing(root) if (root / name).is_file()}
-    mine = {name for name in listing(first.folder) if (first.folder / name).is_file()}
-    assert mine - {MARK} == theirs
-    for name in theirs:
-        path = first.folder / name
-        assert path.stat().st_size == (root / name).stat().st_size
-        if name.endswith(".jpg"):
-            assert path.stat().st_blocks == 0, "a file without content"
-        else:
-            assert path.read_bytes() == (root / name).read_bytes()
-    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
-    assert open_mirror(source).copied == 0
-    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
-
-    table, image, gone = root / "train.csv", "train/patient00001/study1/view1_frontal.jpg", "valid/new/a.png"
-    changed = table.read_bytes().replace(b"Female", b"Malexx")
-    s3.put_bytes(changed, "mirrored/set/train.csv")
-    s3.put_bytes(b"other bytes", f"mirrored/set/{image}")
-    s3.put_bytes(b"12345", f"mirrored/set/{gone}")
-    assert open_mirror(source).copied == len(changed)
-    assert (first.folder / "train.csv").read_bytes() == changed
-    assert (first.folder / image).stat().st_size == 11 and (first.folder / gone).stat().st_size == 5
-    storage.remove(storage.join(source, gone))
-    open_mirror(source)
-    assert not (first.folder / gone).exists() and not (first.folder / "valid" / "new").exists()
-
-
-def test_class_folders_and_archives_behind_a_url(s3, tmp_path):  # noqa: F811
-    root = make_image_folder(tmp_path / "images", splits=("train",), per_class=3)
-    mirror = open_mirror(put_tree(s3, root, "folders")).folder
-    for name, folder in (("a", root), ("b", mirror)):
-        build(plan_shards(open_source("image_folder", folder), SALT), tmp_path / name)
-    assert listing(tmp_path / "a") == listing(tmp_path / "b")
-    shutil.make_archive(str(tmp_path / "packed" / "0"), "zip", root)
-    packed = open_mirror(put_tree(s3, tmp_path / "packed", "packed"))
-    assert (packed.images, packed.files) == (0, 1)
-    assert (packed.folder / "0.zip").read_bytes() == (tmp_path / "packed" / "0.zip").read_bytes()
-
-
-@pytest.mark.parametrize("name", ["../x.csv", "a//b.csv", "a\\b.csv", "a\nb.csv", MARK])
-def test_names_that_are_no_plain_paths(s3, tmp_path, name, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(storage, "list_files", lambda url: {"train.csv": (1, "x"), name: (1, "x")})
-    with pytest.raises(ValueError, match=r"no plain path|leaves the folder"):
-        open_mirror(f"s3://{BUCKET}/{tmp_path.name}")
-
-
-def test_nothing_behind_the_url(s3, capsys, tmp_path):  # noqa: F811
-    for source in (f"s3://{BUCKET}/nothing", "s3://no-such-bucket/x"):
-        assert run_command(main, arguments(source, tmp_path / "out")) == 2
-        error = capsys.readouterr().err
-        assert source in error and "check the bucket" in error and error.count("\n") == 1
-    assert run_command(main, arguments(f"file://{tmp_path}/nowhere", tmp_path / "out")) == 2
-    assert "is not a folder" in capsys.readouterr().err
-
-
-def test_an_image_that_changed_after_the_listing(root, s3, tmp_path):  # noqa: F811
-    source = put_tree(s3, root, "changing")
-    mirror = open_mirror(source).folder
-    plan = plan_shards(open_source("chexpert", mirror), SALT, shard_size=5)
-    image = plan.samples["train"][20].image
-    s3.put_bytes(b"shorter", f"changing/{image}")
-    with pytest.raises(OSError, match=r"bytes when it was listed and now has 7; start again"):
-        build(plan, tmp_path / "out")
-    kept = list((tmp_path / "out" / WORK_FOLDER).glob("*.tar.json"))
-    assert len(kept) == 4, "a build goes on after that"
-    storage.remove(storage.join(source, image))
-    with pytest.raises(ConnectionError, match="is missing"):
-        build(plan, tmp_path / "out")
 
 
 # ---- killed and continued, with processes of their own
@@ -328,7 +240,7 @@ def start(argv: list[str], server: S3Server, cache: Path) -> subprocess.Popen:
 @pytest.mark.engine
 def test_killed_in_the_middle_and_continued_elsewhere(s3, tmp_path):  # noqa: F811
     root = make_chexpert(tmp_path / "r", rows=120, valid=10, laterals=False)
-    source, out = put_tree(s3, root, "kill/in"), f"s3://{BUCKET}/kill/out"
+    source, out = s3.put_tree(root, "kill/in"), f"s3://{BUCKET}/kill/out"
     assert run_command(main, arguments(root, tmp_path / "whole")) == 0
     process = start(arguments(source, out, "--workers", 2), s3, tmp_path / "one")
     deadline = time.monotonic() + 60
@@ -360,9 +272,3 @@ def test_a_server_that_dies_is_one_sentence(root, s3, tmp_path):  # noqa: F811
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert f"{out}" in done.stderr and "AWS_ENDPOINT_URL" in done.stderr
-
-
-def test_marks_hold_no_more_than_they_say(root, s3, tmp_path):  # noqa: F811
-    mirror = open_mirror(put_tree(s3, root, "marked")).folder
-    content = json.loads((mirror / MARK).read_bytes())
-    assert content.keys() == {"url", "files"} and content["files"].keys() == {"train.csv", "valid.csv"}
