@@ -97,6 +97,22 @@ def test_a_stumbling_server_is_asked_again(s3, front, fault):
     assert sentence(error).startswith(url) and counters.retries == 4 and len(front.requests) == 6
 
 
+def test_a_stumbling_web_server_is_asked_again(s3, front):
+    s3.put_bytes(DATA, "a")
+    s3.client.put_bucket_acl(Bucket="shards", ACL="public-read")
+    s3.client.put_object_acl(Bucket="shards", Key="a", ACL="public-read")
+    url, counters = f"{front.endpoint}/shards/a", ReadCounters()
+    front.faults = ["503", "cut"]
+    assert storage.read_range(url, 1000, 500, QUICK, counters) == DATA[1000:1500] and counters.retries == 2
+    front.requests.clear()
+    front.faults = ["403"]
+    with pytest.raises(StorageError, match="the server refuses it"):
+        storage.read_bytes(url, QUICK)
+    with pytest.raises(MissingObject):
+        storage.read_bytes(f"{url}/none", QUICK)
+    assert len(front.requests) == 2 and storage.read_range(url, len(DATA) + 5, 50) == b""
+
+
 def test_a_download_goes_on_where_the_connection_broke(s3, front, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_CHUNK", 10_000)
     url = s3.put_bytes(DATA, "a")
