@@ -22,7 +22,10 @@ from scaletransfer.index import INDEX_NAME, ShardIndex, load_index
 from scaletransfer.shard_writer import WORK_FOLDER, ShardTask, finished
 
 INFO_NAME = "_info.json"
-_OURS = re.compile(r"(train|valid|test)-\d{6}\.tar(\.tmp)?|samples-\w+\.npy(\.tmp)?|wids-\w+\.json(\.tmp)?")
+_OURS = re.compile(
+    r"((train|valid|test)-\d{6}\.tar|samples-\w+\.npy|wids-\w+\.json)((\.\d+)?\.tmp)?|(index|_info)\.json(\.\d+)?\.tmp"
+)
+"""With a number where a process copies to a `file://` URL."""
 _HEAD = (INDEX_NAME, INFO_NAME)
 _PLAN = f"{WORK_FOLDER}/plan.json"
 _PART = re.compile(rf"{re.escape(WORK_FOLDER)}/part-(\d+)-of-(\d+)\.json")
@@ -264,8 +267,7 @@ def ours(names: Iterable[str]) -> list[str]:
 def clear(out: Output) -> None:
     """Remove what make_shards writes, the index first, so that no reader takes a folder in between; locks stay."""
     names = out.names()
-    drafts = [f"{name}.tmp" for name in _HEAD]
-    out.remove([*ours(names), *(name for name in drafts if name in names), *_work(names, locks=False)])
+    out.remove([*ours(names), *_work(names, locks=False)])
 
 
 def clear_part(out: Output, part: Part, tasks: Sequence[ShardTask]) -> None:
@@ -275,8 +277,9 @@ def clear_part(out: Output, part: Part, tasks: Sequence[ShardTask]) -> None:
 
 
 def remove_work(out: Output) -> None:
-    """Remove the work folder; the build is finished, or cleared."""
-    out.remove(_work(out.names(), locks=True))
+    """Remove the work folder and what killed processes left; the build is finished, or cleared."""
+    names = out.names()
+    out.remove([*(name for name in ours(names) if name.endswith(".tmp")), *_work(names, locks=True)])
     out.clean()
 
 

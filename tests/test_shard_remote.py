@@ -204,6 +204,16 @@ def test_wrong_options_leave_nothing(tmp_path, url):
     assert not storage.list_files(url) and not (tmp_path / "staging").exists()
 
 
+def test_what_a_killed_process_left_is_removed(plan, whole, tmp_path):
+    url = f"file://{tmp_path}/out"
+    interrupt(plan, RemoteOutput(url, tmp_path / "staging"), after=12)
+    for name in ("train-000003.tar.123.tmp", "index.json.123.tmp", f"{WORK_FOLDER}/train-000003.tar.json.123.tmp"):
+        storage.write_bytes(b"half", storage.join(url, name))
+    storage.write_bytes(b"mine", storage.join(url, "my.tar.123.tmp"))
+    build(plan, RemoteOutput(url, tmp_path / "staging"))
+    assert stored(url) == {**whole, "my.tar.123.tmp": b"mine"} and not (tmp_path / "out" / WORK_FOLDER).exists()
+
+
 def test_staging_is_for_urls(root, tmp_path, capsys):
     with pytest.raises(ValueError, match="--staging is for an --out with a URL"):
         open_output(tmp_path / "out", tmp_path)
