@@ -55,7 +55,7 @@ from scaletransfer.storage import RemoteSettings, is_url, join, local_path, read
 from scaletransfer.storage_errors import MissingObject, shown
 
 FORMAT = "scaletransfer-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 SPLITS = ("train", "valid", "test")
 LABEL_KINDS = {"states": "multilabel", "tokens": "multilabel", "classes": "multiclass"}
@@ -127,9 +127,10 @@ class ShardIndex:
         """The sample table of `split`: a read-only structured array, one row a sample, in shard order.
 
         Fields: shard <i4 (index into `splits[split].shards`), offset <i8 and size <i8 (bytes of the image
-        inside that file), key <u8 (the 16 hex digits), patient <i4 (-1 = none; equal codes are equal
-        patients in every split), view <i2 (index into `views`, -1 = none), then `labels` i1 (L,) of raw
-        states for a multi-label set or `label` <i4 for a multi-class one.  Checked once against index.json.
+        inside that file), key <u8 (the 16 hex digits), crc <u4 (CRC-32 of the image, 0 = unknown), patient <i4
+        (-1 = none; equal codes are equal patients in every split), view <i2 (index into `views`, -1 = none), then
+        `labels` i1 (L,) of raw states for a multi-label set or `label` <i4 for a multi-class one.  Checked once
+        against index.json.
 
         Raises ValueError for an unknown split and for a table that is damaged or of another data set.
         """
@@ -227,7 +228,9 @@ def _parsed(raw: bytes, folder: Path, path: Path | str) -> ShardIndex:
         raise ValueError(f"{path} is not an index of {FORMAT} (field 'format'); give a folder of make_shards")
     if content.get("format_version") != FORMAT_VERSION:
         version = content.get("format_version")
-        raise ValueError(f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}; make the folder again"
+        )
     return _parse(content, folder, path, hashlib.sha256(raw).hexdigest())
 
 

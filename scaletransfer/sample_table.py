@@ -16,7 +16,7 @@ STATE_NAMES = ("positive", "negative", "uncertain", "not_mentioned")  # of the v
 
 def table_dtype(task: str, labels: int) -> np.dtype[Any]:
     """Dtype of a sample table: see `ShardIndex.table`.  `labels` is the number of label columns."""
-    fields: list[Any] = [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("key", "<u8")]
+    fields: list[Any] = [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("key", "<u8"), ("crc", "<u4")]
     fields += [("patient", "<i4"), ("view", "<i2")]
     fields += [("labels", "i1", (labels,))] if task == "multilabel" else [("label", "<i4")]
     return np.dtype(fields)

@@ -199,7 +199,7 @@ def _finish_split(
     places = np.asarray(
         [(shard, *row) for shard, marker in enumerate(markers) for row in marker["rows"]], dtype=np.int64
     )
-    table, data = sample_table(plan, [samples[row] for row in places[:, 1]], places[:, (0, 2, 3)])
+    table, data = sample_table(plan, [samples[row] for row in places[:, 1]], places[:, (0, 2, 3, 4)])
     name = f"samples-{split}.npy"
     write_atomically(folder / name, data)
     return SplitInfo(
@@ -220,7 +220,7 @@ def sample_table(
 ) -> tuple[np.ndarray[Any, Any], bytes]:
     """The sample table of `samples`, one row each, and the bytes of its file.
 
-    places: integers [n, 3], (position of the shard in the split's list, offset, size) of each image.
+    places: integers [n, 4], (position of the shard in the split's list, offset, size, CRC-32) of each image.
     """
     table = np.zeros(len(samples), table_dtype(plan.task, len(plan.label_names)))
     views = {"": -1} | {view: number for number, view in enumerate(plan.views)}
@@ -229,7 +229,8 @@ def sample_table(
     table["view"] = [views[sample.view] for sample in samples]
     labels = label_rows([sample.labels for sample in samples], plan.label_kind, plan.label_names)
     table["labels" if plan.task == "multilabel" else "label"] = labels
-    table["shard"], table["offset"], table["size"] = places[:, 0], places[:, 1], places[:, 2]
+    for column, field in enumerate(("shard", "offset", "size", "crc")):
+        table[field] = places[:, column]
     buffer = io.BytesIO()
     np.save(buffer, table, allow_pickle=False)
     return table, buffer.getvalue()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+import zlib
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -188,7 +189,13 @@ def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> 
             f"{shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
             "or was changed; make the folder again with make_shards --overwrite"
         )
-    return data[_TAR_BLOCK:]
+    image = data[_TAR_BLOCK:]
+    if (crc := int(entry["crc"])) and zlib.crc32(image) != crc:
+        raise ValueError(
+            f"{image_place(index, split, row)} is damaged (its CRC-32 differs from the sample table's): copy the shard "
+            "again, or mend it with `scaletransfer shards verify --repair`"
+        )
+    return image
 
 
 def image_place(index: ShardIndex, split: str, row: int) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from scaletransfer.shard_build import sample_table, write_missing
 from scaletransfer.shard_image import Encoding
 from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, ours, remove_work
 from scaletransfer.shard_plan import FirstRecords, Plan, Sample, plan_shards, with_digest
-from scaletransfer.shard_scan import samples_in
+from scaletransfer.shard_scan import Found, samples_in
 from scaletransfer.shard_verify import shard_problem, side_files, table_of
 from scaletransfer.shard_writer import shard_tasks
 from scaletransfer.sources import named_values, open_source, source_options
@@ -296,6 +299,15 @@ def _remove(out: Output) -> None:
         out.folder.rmdir()
 
 
+def _sums(index: ShardIndex, split: str, places: Sequence[tuple[int, Found]]) -> Iterator[int]:
+    """The CRC-32 of each image."""
+    for number, inside in groupby(places, key=itemgetter(0)):
+        with open(index.path(split, number), "rb") as file:
+            for _, found in inside:
+                file.seek(found.offset)
+                yield zlib.crc32(file.read(found.size))
+
+
 def _table(index: ShardIndex, split: str, planner: _Planner) -> bytes:
     """The sample table of a split from its shards, which are sound by now."""
     info = index.splits[split]
@@ -306,7 +318,9 @@ def _table(index: ShardIndex, split: str, planner: _Planner) -> bytes:
     codes = (found.label.patient for name in shards for shard in shards[name] for found in shard)
     numbers = patient_numbers(codes)
     places = [(number, found) for number, shard in enumerate(shards[split]) for found in shard]
-    rows = np.asarray([(number, found.offset, found.size) for number, found in places], dtype=np.int64)
+    rows = np.asarray(
+        [(n, f.offset, f.size, crc) for (n, f), crc in zip(places, _sums(index, split, places), strict=True)], np.int64
+    )
 
     def table(number_of: Callable[[str, str], int]) -> bytes:
         samples = [

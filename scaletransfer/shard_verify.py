@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -352,7 +353,7 @@ class _Check:
             if row is not None and not self._same(label, row):
                 self._say(text, f"{text.name!r} does not say what the table says")
         if self.look.decode:
-            self._image(image)
+            self._image(image, row)
 
     def _same(self, label: Label, row: Any) -> bool:
         if isinstance(label.labels, int):
@@ -368,7 +369,7 @@ class _Check:
         same_patient = (number >= 0) == bool(label.patient)
         return states == row["labels"].tolist() and view == label.view and same_patient
 
-    def _image(self, entry: Entry) -> None:
+    def _image(self, entry: Entry, row: Any) -> None:
         """Decode as make_shards does before it stores an image."""
         described = self.index.image
         try:
@@ -379,6 +380,8 @@ class _Check:
         except (UnusableImage, ValueError) as reason:
             self._say(entry, f"the image {entry.name!r} cannot be used: {reason}")
         else:
+            if row is not None and row["crc"] not in (0, zlib.crc32(data)):
+                self._say(entry, f"the image {entry.name!r} does not have the CRC-32 of the table")
             if prepared.channels > described.channels:
                 self._say(entry, f"the image {entry.name!r} has colour, and index.json says grey")
             if prepared.bit_depth != described.bit_depth:

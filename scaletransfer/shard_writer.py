@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -105,7 +106,7 @@ def member(name: str, size: int) -> tarfile.TarInfo:
 def write_shard(task: ShardTask, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
     """Write one shard: temporary file, fsync, rename, then its marker, whose content is returned.
 
-    The marker: {file, samples, bytes, sha256, rows [[row of the plan, offset, size]], quarantine [[key,
+    The marker: {file, samples, bytes, sha256, rows [[row of the plan, offset, size, CRC-32]], quarantine [[key,
     reason]], seen {"<channels>x<bits>": images}, pixel_max, range}.  If no image is usable, no tar is written and
     bytes is 0. `progress` is called with 1 after every sample.  Raises ValueError for an image that the
     options can't store, OSError for a file that can't be read or written; what it had written then is gone.
@@ -176,7 +177,7 @@ def join(task: ShardTask, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 while block := segment.read(COPIED_AT_ONCE):
                     out.write(block)
             path.unlink()
-            part["rows"] = [[row, start + offset, size] for row, offset, size in part["rows"]]
+            part["rows"] = [[row, start + offset, *rest] for row, offset, *rest in part["rows"]]
         return _finish(task, out, parts)
 
 
@@ -202,7 +203,7 @@ def _write_samples(
                 raise ValueError(f"{task.root / sample.image}: {error}") from None
             else:
                 extension, label = label_member(sample, task.label_kind)
-                rows.append([row, out.size + tarfile.BLOCKSIZE, len(image.data)])
+                rows.append([row, out.size + tarfile.BLOCKSIZE, len(image.data), zlib.crc32(image.data)])
                 out.write(member_bytes(f"{sample.key}.{task.extension}", image.data))
                 out.write(member_bytes(f"{sample.key}.{extension}", label))
                 seen[f"{image.channels}x{image.bit_depth}"] += 1

@@ -132,7 +132,7 @@ def test_missing_file_is_named(folder, name):
     ("change", "message"),
     [
         (lambda c: c.update(format="other"), "not an index of scaletransfer-shards"),
-        (lambda c: c.update(format_version=2), "format_version 2, this program reads 1"),
+        (lambda c: c.update(format_version=1), "format_version 1, this program reads 2"),
         (lambda c: c.update(task="ranking"), "task 'ranking' is unknown"),
         (lambda c: c.update(label_kind="classes"), "label_kind 'classes' does not fit"),
         (lambda c: c.pop("licence"), "field 'licence' is missing"),

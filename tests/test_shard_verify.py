@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -171,6 +172,8 @@ def replace_image(folder: Path, data: bytes, number: int = 1) -> None:
     places = [entry for entry in entries(folder / name) if entry.name.endswith(".jpg")]
     rows = np.flatnonzero(table["shard"] == 1)
     table["offset"][rows], table["size"][rows] = [e.offset for e in places], [e.size for e in places]
+    tar = (folder / name).read_bytes()
+    table["crc"][rows] = [zlib.crc32(tar[e.offset : e.offset + e.size]) for e in places]
     np.save(path, table)
     accept_files(folder)
     accept_tables(folder)

@@ -530,13 +530,14 @@ def test_verify_finds_changed_bytes_totals_and_strays(folder):
     problems = "\n".join(verify(folder))
     for message in (
         "valid-000000.tar: sha256 differs",
+        "does not have the CRC-32 of the table",
         "train-000099.tar does not belong",
         "_info.json is missing",
         "the totals of the split train",
         "the number of patients of the split train",
     ):
         assert message in problems
-    assert len(problems.splitlines()) == 5
+    assert len(problems.splitlines()) == 6
 
 
 def test_verify_of_a_folder_without_an_index(tmp_path):
