@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from scaletransfer.index import load_index
+from scaletransfer.index import FORMAT_VERSION, load_index
 from scaletransfer.keys import PUBLIC_SALT
 from scaletransfer.shards import Encoding, build, plan_shards
 from scaletransfer.sources import open_source
@@ -70,7 +70,7 @@ def prepare(drawn: Drawn, folder: Path, say: Callable[[str], None], files: Data 
     """The set in ``folder``, drawn unless it is there already. files: another set whose files are taken instead."""
     home = folder / drawn.name
     done = home / "made.json"
-    wanted = {**asdict(drawn), "files": files.drawn.name if files else ""}
+    wanted = {**asdict(drawn), "files": files.drawn.name if files else "", "format": FORMAT_VERSION}
     images = files.files if files else home / "files"
     if not done.exists() or json.loads(done.read_text()) != wanted:
         shutil.rmtree(home, ignore_errors=True)

@@ -35,7 +35,7 @@ from bench.conductor import ONE_THREAD, TOOLS
 from bench.loader import RUNS, SETS
 from bench.peer_environments import missing, python_of
 from scaletransfer.cli import CommandParser, run_command
-from scaletransfer.index import load_index, write_index
+from scaletransfer.index import FORMAT_VERSION, load_index, write_index
 
 HERE = Path(__file__).resolve().parent
 A_SHARD = 4700  # samples of 21 KB that make 100 MB, the default size of a shard
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if min(samples, options.batch) < 1 or step < 0 or options.workers < 0:
         raise ValueError("--samples and --batch must be at least 1, --step and --workers at least 0")
     images = prepare(SETS["xray256"], options.data, _say)
-    folder = many_samples(images, samples, options.data / f"resume-{samples}")
+    folder = many_samples(images, samples, options.data / f"resume-{samples}-{FORMAT_VERSION}")
     size = (folder / "samples-train.npy").stat().st_size
     print(
         f"{samples:,} samples in {samples // A_SHARD + (samples % A_SHARD > 0):,} shards, sample table "
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def many_samples(images: Data, samples: int, folder: Path) -> Path:
     """A folder of shards with `samples` rows, made unless it is there; the files behind it are hard links."""
-    if (folder / "index.json").exists() and load_index(folder).splits["train"].samples == samples:
+    if (folder / "index.json").exists():
         return folder
     _say(f"making an index of {samples:,} samples")
     shutil.rmtree(folder, ignore_errors=True)

@@ -100,7 +100,7 @@ def _cells(line: Line, workers: int, lines: Mapping[str, Line]) -> list[str]:
         spread,
         f"{program.rate / limit:.2f}" if limit else "",
         f"{ours / program.rate:.2f}" if ours else "",
-        f"{1000 * median(program.cpu):.2f}",
+        f"{1000 * median(program.cpu):#.3g}",
         f"{program.rss:.0f} ({program.pss:.0f})",
     ]
 

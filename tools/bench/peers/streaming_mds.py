@@ -64,7 +64,8 @@ def opened(settings: Settings) -> Opened:
     if settings["augment"] == "crop":
         steps: list[Any] = [transforms.RandomCrop(size)]
     elif settings["augment"] == "affine":
-        moved = transforms.RandomAffine(45, (0.15, 0.15), (0.9, 1.1), transforms.InterpolationMode.BILINEAR)
+        bilinear = transforms.InterpolationMode.BILINEAR
+        moved = transforms.RandomAffine(45, (0.15, 0.15), (0.9, 1.1), interpolation=bilinear)
         steps = [transforms.Resize(size), transforms.CenterCrop(size), moved]
     else:
         steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]

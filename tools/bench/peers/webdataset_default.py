@@ -26,7 +26,8 @@ def steps(augment: str, size: int) -> Any:
     if augment == "crop":
         chosen: list[Any] = [transforms.RandomCrop(size)]
     elif augment == "affine":
-        moved = transforms.RandomAffine(45, (0.15, 0.15), (0.9, 1.1), transforms.InterpolationMode.BILINEAR)
+        bilinear = transforms.InterpolationMode.BILINEAR
+        moved = transforms.RandomAffine(45, (0.15, 0.15), (0.9, 1.1), interpolation=bilinear)
         chosen = [transforms.Resize(size), transforms.CenterCrop(size), moved]
     else:
         chosen = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
