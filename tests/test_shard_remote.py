@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers_data import SALT, draw_image, make_chexpert, make_image_folder
-from helpers_s3 import BUCKET, S3Server, s3, s3_server  # noqa: F401 - fixtures
+from helpers_s3 import BUCKET, S3Server, front, s3, s3_server  # noqa: F401 - fixtures
 
 from scaletransfer import storage
 from scaletransfer.cli import run_command
@@ -142,6 +142,19 @@ def test_shards_that_were_made_and_not_stored_are_stored(plan, whole, url, tmp_p
     assert "train-000000.tar" in storage.list_files(url), "and there"
     assert build(plan, out).kept_shards >= 4
     assert stored(url) == whole and not out.folder.exists()
+
+
+def test_a_busy_server_is_asked_again(plan, whole, front, tmp_path):  # noqa: F811
+    url = f"s3://{BUCKET}/busy"
+    out = RemoteOutput(url, tmp_path / "staging")
+
+    def progress(samples: int) -> None:
+        if not front.faults:
+            front.faults += ["503", "", "500", ""]
+
+    build(plan, out, progress=progress)
+    front.faults.clear()
+    assert stored(url) == whole
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "marker"])
