@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if min(samples, options.batch) < 1 or step < 0 or options.workers < 0:
         raise ValueError("--samples and --batch must be at least 1, --step and --workers at least 0")
     images = prepare(SETS["xray256"], options.data, _say)
-    folder = many_samples(images, samples, options.data / f"resume-{samples}-{FORMAT_VERSION}")
+    folder = many_samples(images, samples, options.data / f"resume-{samples}")
     size = (folder / "samples-train.npy").stat().st_size
     print(
         f"{samples:,} samples in {samples // A_SHARD + (samples % A_SHARD > 0):,} shards, sample table "
@@ -81,7 +81,8 @@ def main(argv: Sequence[str]) -> int:
 
 def many_samples(images: Data, samples: int, folder: Path) -> Path:
     """A folder of shards with `samples` rows, made unless it is there; the files behind it are hard links."""
-    if (folder / "index.json").exists():
+    made = folder / "index.json"
+    if made.exists() and json.loads(made.read_text())["format_version"] == FORMAT_VERSION:
         return folder
     _say(f"making an index of {samples:,} samples")
     shutil.rmtree(folder, ignore_errors=True)
@@ -152,6 +153,7 @@ def _webdataset(images: Data, seen: int, quick: bool) -> str:
     tars = [str(path.absolute()) for path in images.tars]
     rate = _started(command, {"tars": tars, "seconds": 1 if quick else 5})
     seconds, size = seen / rate["samples"], seen * rate["bytes"] / rate["samples"]
+    # the page cache can give all of this only once it is in memory: a disk makes it slower, never faster
     return (
         f"| webdataset, reading what was seen: extrapolated from {rate['samples']:,.0f} samples/s of one process, "
         f"nothing decoded | {seconds:,.0f} s | | | {size / 1e9:,.0f} GB | 0 | | |"
