@@ -20,6 +20,7 @@ from scaletransfer.cli import CommandParser
 from scaletransfer.listing import LABEL_MODES, write_listing
 from scaletransfer.mirrors import open_mirror
 from scaletransfer.pixel_range import WHITE16
+from scaletransfer.shard_build import check_workers
 from scaletransfer.shard_output import Output, Part, parse_part
 from scaletransfer.shard_parts import PartReport, build_part, merge, shards_of
 from scaletransfer.shard_plan import FirstRecords, check_images
@@ -121,6 +122,7 @@ def _root(place: str) -> Path:
 def _measure(plan: Plan, options: argparse.Namespace) -> int:
     """Print the --pixel-max that a build without one would find."""
     total = sum(len(samples) for samples in plan.samples.values())
+    check_workers(options.workers)
     with tqdm(total=total, unit="img", desc="range of 16-bit images", disable=None) as looked_at:
         white = measure_plan(plan, options.workers, looked_at.update)
     if white:

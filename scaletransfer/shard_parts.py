@@ -63,11 +63,7 @@ def build_part(
     start = time.monotonic()
     out = place if isinstance(place, Output) else Output(Path(place))
     check_workers(workers)
-    if plan.encoding.bit_depth and not plan.encoding.pixel_max:
-        raise ValueError(
-            "a part can't know the range of all 16-bit images: run the same command with --measure instead of --part "
-            "once, and give every part and --merge the --pixel-max that it prints"
-        )
+    _check_range(plan)
     if finished_index(plan, out) is not None:
         return PartReport(finished=True, shards=0, images=0, seconds=0.0, kept_shards=0)
     chosen = shards_of(plan, part.of)[part.number]
@@ -100,6 +96,7 @@ def merge(
     start = time.monotonic()
     out = place if isinstance(place, Output) else Output(Path(place))
     check_workers(workers)
+    _check_range(plan)
     if (index := finished_index(plan, out)) is not None:
         return BuildReport(index=index, images=0, seconds=0.0, kept_shards=0)
     names = out.names()
@@ -125,6 +122,14 @@ def merge(
         finish(plan, out, done)
     remove_work(out)
     return BuildReport(index=out.index(), images=0, seconds=time.monotonic() - start, kept_shards=len(done))
+
+
+def _check_range(plan: Plan) -> None:
+    if plan.encoding.bit_depth and not plan.encoding.pixel_max:
+        raise ValueError(
+            "a part can't know the range of all 16-bit images: run the same command with --measure instead of --part "
+            "once, and give every part and --merge the --pixel-max that it prints"
+        )
 
 
 def _lacking(

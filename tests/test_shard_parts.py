@@ -303,8 +303,9 @@ def test_range_of_16_bit_images_is_measured_before(tmp_path, capsys, monkeypatch
     root = make_image_folder(tmp_path / "images", splits=("train",), per_class=4, suffix=".png", mode="I;16")
     argv = ["image_folder", "--root", str(root), "--bit-depth", "8", "--shard-size", "3"]
     out = ["--out", str(tmp_path / "out")]
-    assert run_command(main, [*argv, *out, "--part", "0/2"]) == 2
-    assert "--measure" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for job in (["--part", "0/2"], ["--merge"]):
+        assert run_command(main, [*argv, *out, *job]) == 2
+        assert "--measure" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert run_command(main, [*argv, "--measure"]) == 0
     found = capsys.readouterr().out.split()
     assert found == ["--pixel-max", "65535"]
