@@ -30,8 +30,9 @@ from scaletransfer.foreign_labels import SOURCES, LabelColumn, LabelRule, read_l
 from scaletransfer.foreign_members import KEYS_OF, Naming, is_foreign, naming_secret
 from scaletransfer.foreign_scan import IMAGE_EXTENSIONS, Settings, Shard, choose_splits, scan_tars, tars_of
 from scaletransfer.image_files import INSIDE
-from scaletransfer.index import INDEX_NAME, ShardIndex, ShardInfo, SplitInfo, load_index, split_order, split_to_json
+from scaletransfer.index import INDEX_NAME, ShardIndex, load_index
 from scaletransfer.index import write_index as write_index_file
+from scaletransfer.index_fields import ShardInfo, SplitInfo, split_order, split_to_json
 from scaletransfer.pixel_range import WHITE16
 from scaletransfer.records import ImageInfo, probe_images
 from scaletransfer.sample_table import label_totals, table_dtype

@@ -28,8 +28,8 @@ from scaletransfer.index import ShardIndex
 from scaletransfer.losses import UNKNOWN_CLASS
 from scaletransfer.order import Positions, rank_positions, sample_seed, sample_uniforms
 from scaletransfer.shard_reader import ShardReader, image_place, read_image
-from scaletransfer.storage import RemoteSettings
 from scaletransfer.storage_errors import StorageError
+from scaletransfer.storage_settings import RemoteSettings
 from scaletransfer.transforms import seeded
 
 Batch = dict[str, Any]

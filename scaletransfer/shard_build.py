@@ -15,14 +15,8 @@ from typing import Any
 import numpy as np
 
 from scaletransfer.files import drop_if_empty, json_bytes, write_atomically
-from scaletransfer.index import (
-    INDEX_NAME,
-    ShardIndex,
-    ShardInfo,
-    SplitInfo,
-    split_to_json,
-    write_index,
-)
+from scaletransfer.index import INDEX_NAME, ShardIndex, write_index
+from scaletransfer.index_fields import ShardInfo, SplitInfo, split_to_json
 from scaletransfer.records import key_number
 from scaletransfer.sample_table import count_patients, label_rows, label_totals, table_dtype
 from scaletransfer.shard_output import INFO_NAME, Output, claimed, clear, plan_of_index, remove_work

@@ -22,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scaletransfer import storage
-from scaletransfer.storage import ReadCounters, RemoteSettings
 from scaletransfer.storage_errors import DiskFull, shown
+from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 _PARTIAL = ".part"
 

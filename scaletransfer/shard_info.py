@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from scaletransfer.index import ShardIndex, SplitInfo
+from scaletransfer.index import ShardIndex
+from scaletransfer.index_fields import SplitInfo
 from scaletransfer.shard_image import UnusableImage, read_picture
 from scaletransfer.shard_reader import ShardReader, read_image
 

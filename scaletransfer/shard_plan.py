@@ -16,7 +16,8 @@ import numpy as np
 from scaletransfer import keys
 from scaletransfer.dicom import require_pydicom
 from scaletransfer.image_files import read_image
-from scaletransfer.index import FORMAT_VERSION, split_order
+from scaletransfer.index import FORMAT_VERSION
+from scaletransfer.index_fields import split_order
 from scaletransfer.pixel_range import WHITE16, full_range
 from scaletransfer.records import RecordLike, SourceLike, image_sizes, place_in_table, sample_keys_of
 from scaletransfer.sample_table import patient_numbers

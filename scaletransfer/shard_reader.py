@@ -18,10 +18,11 @@ from typing import Any
 from scaletransfer import image_files, storage
 from scaletransfer.foreign_members import Naming, OtherMember, is_foreign, read_member
 from scaletransfer.image_files import INSIDE
-from scaletransfer.index import ShardIndex, ShardInfo
+from scaletransfer.index import ShardIndex
+from scaletransfer.index_fields import ShardInfo
 from scaletransfer.shard_cache import ShardCache
-from scaletransfer.storage import ReadCounters, RemoteSettings
 from scaletransfer.storage_errors import shown
+from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 _OPEN_FILES = 64
 _TAR_BLOCK = 512

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from scaletransfer.storage_errors import (
@@ -30,6 +29,7 @@ from scaletransfer.storage_errors import (
     sentence,
     shown,
 )
+from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 Result = TypeVar("Result")
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
@@ -45,38 +45,6 @@ _THREADS = 16
 _REFUSED = {"abfss+cached", "async_wrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "jlab"}
 _REFUSED |= {"jupyter", "libarchive", "pipe", "reference", "simplecache", "tar", "zip"}
 _EXTRAS = {"s3": 'pip install "scaletransfer[s3]"', "s3a": 'pip install "scaletransfer[s3]"'}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemoteSettings:
-    """How shards behind URLs are read; `data.remote` of the configuration."""
-
-    mode: str = "auto"
-    """auto, cache or range: see `shard_cache`."""
-    cache_dir: str | None = None
-    """Folder for whole shards and for indexes; None is ~/.cache/scaletransfer. Should be on a disk of the node."""
-    cache_bytes: int = 50_000_000_000
-    """Limit for the shards in the folder, all processes together."""
-    attempts: int = 5
-    """How often a request is tried."""
-    timeout: float = 60.0
-    """Seconds in which a request must be finished; connecting, and silence of the server, are given less."""
-
-
-@dataclass
-class ReadCounters:
-    """What a reader did since it was made, in this process."""
-
-    bytes_read: int = 0
-    """Bytes handed to the caller."""
-    remote_bytes: int = 0
-    """Bytes that came from a server, whole shards included."""
-    cache_hits: int = 0
-    """Remote shards opened that were in the cache."""
-    cache_misses: int = 0
-    """Remote shards opened that had to be downloaded."""
-    retries: int = 0
-    """Requests that were repeated."""
 
 
 DEFAULT = RemoteSettings()

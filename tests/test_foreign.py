@@ -38,7 +38,7 @@ from scaletransfer.foreign_scan import Settings
 from scaletransfer.index import load_index
 from scaletransfer.shard_reader import ShardReader, read_image
 from scaletransfer.shards import shards_main
-from scaletransfer.storage import RemoteSettings
+from scaletransfer.storage_settings import RemoteSettings
 
 
 def by_webdataset(folder: Path, split: str = "") -> Iterator[dict[str, Any]]:

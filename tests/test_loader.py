@@ -76,7 +76,7 @@ def test_types_and_shapes_multiclass(pictures):
 
 
 def decoded_grey(path: Path) -> np.ndarray:
-    """The evaluation pipeline without us: decoded by Pillow, centre square, the mean over the area of each new pixel."""
+    """The evaluation pipeline without us: Pillow, centre square, the mean over the area of each new pixel."""
     picture = Image.open(path).convert("L")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2

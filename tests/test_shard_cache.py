@@ -15,8 +15,8 @@ import pytest
 
 from scaletransfer import shard_cache, storage
 from scaletransfer.shard_cache import ShardCache
-from scaletransfer.storage import ReadCounters, RemoteSettings
 from scaletransfer.storage_errors import DiskFull
+from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 pytest_plugins = ("helpers_s3",)
 SIZE = 100_000

@@ -20,8 +20,8 @@ from helpers_run import make_shards
 from scaletransfer import shard_reader
 from scaletransfer.index import ShardIndex, load_index
 from scaletransfer.shard_reader import ShardReader, image_place, read_image
-from scaletransfer.storage import ReadCounters, RemoteSettings
 from scaletransfer.storage_errors import MissingObject, StorageError
+from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 pytest_plugins = ("helpers_s3",)
 

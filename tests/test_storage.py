@@ -12,8 +12,8 @@ import time
 import pytest
 
 from scaletransfer import storage
-from scaletransfer.storage import ReadCounters, RemoteSettings
 from scaletransfer.storage_errors import MissingObject, StorageError
+from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 pytest_plugins = ("helpers_s3",)
 QUICK = RemoteSettings(attempts=3, timeout=5)

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import NoReturn, TypeVar, overload
 
 from scaletransfer.config import files
+from scaletransfer.config.data import DataConfig, LabelPolicyConfig, RemoteConfig
 from scaletransfer.config.files import ConfigError
 from scaletransfer.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig
 from scaletransfer.config.schema import (
     CheckpointConfig,
-    DataConfig,
-    LabelPolicyConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
-    RemoteConfig,
     ScheduleConfig,
     ValidateConfig,
 )

@@ -54,6 +54,12 @@ class Key:
     doc: str
 
 
+def check(ok: bool, key: str, value: object, must: str) -> None:
+    """Refuse `value` for `key` unless `ok`; every condition is written so that NaN fails it."""
+    if not ok:
+        raise ConfigError(key, f"must be {must}, not {shown(value)}.")
+
+
 # --- the schema --------------------------------------------------------------------------------------------
 
 

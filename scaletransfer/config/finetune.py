@@ -8,15 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from scaletransfer.config.schema import (
-    CheckpointConfig,
-    LabelPolicyConfig,
-    LogConfig,
-    OptimizerConfig,
-    ValidateConfig,
-    check,
-    check_reading,
-)
+from scaletransfer.config.data import LabelPolicyConfig, check_reading
+from scaletransfer.config.files import check
+from scaletransfer.config.schema import CheckpointConfig, LogConfig, OptimizerConfig, ValidateConfig
 
 
 @dataclass(frozen=True, kw_only=True)

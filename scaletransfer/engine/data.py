@@ -11,7 +11,7 @@ from scaletransfer.index import ShardIndex, load_index
 from scaletransfer.labels import LabelPolicy, vocabulary
 from scaletransfer.loader import ShardDataset, Source, target_names
 from scaletransfer.order import Order
-from scaletransfer.storage import RemoteSettings
+from scaletransfer.storage_settings import RemoteSettings
 from scaletransfer.transforms import TransformOptions, build_transform
 
 
