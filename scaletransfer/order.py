@@ -87,12 +87,14 @@ class _Stream:
         self._most = windows
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        """int64 [n] -> int64 [n]."""
+        """int64 [n] -> int64 [n]; n may be 0."""
         window, inside = np.divmod(numbers, WINDOW)
         distinct, which = np.unique(window, return_inverse=True)
         shuffles = [self._window(number) for number in distinct.tolist()]
         if len(shuffles) == 1:
             moved = shuffles[0][inside]
+        elif not shuffles:
+            return numbers
         else:
             moved = np.empty_like(numbers)
             members = np.argsort(which, kind="stable")

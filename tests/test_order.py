@@ -126,6 +126,14 @@ def test_a_position_has_its_own_seed():
     assert sample_seed(11, 1) != sample_seed(1, 11)
 
 
+def test_shares_are_those_of_the_samples_that_an_epoch_has():
+    for batch in (1, 4, 5, 9, 20):  # of 20 samples: with and without some left over
+        order = Order(shards=((3, 4), (1,), (12,)), weights=(None,) * 3, seed=1, global_batch=batch)
+        for epoch in range(3):
+            counts = Counter(source for source, _ in epoch_of(order, epoch))
+            assert order.shares(epoch) == [counts[number] / order.samples_per_epoch for number in range(3)]
+
+
 # ---- weights
 
 
