@@ -17,24 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from scaletransfer.dicom import is_dicom, read_dicom, read_header
 from scaletransfer.pixel_range import WHITE16, declared_white
 from scaletransfer.shard_image import READ_FORMATS
+from scaletransfer.shard_pixels import is_ordinary_jpeg, orientation, upright
 
 _GREY_MODES = ("1", "L", "LA", "La")
-# EXIF 2.32, section 4.6.4 (Orientation) -> what makes the picture upright; 1 needs nothing.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +90,7 @@ def decode(data: bytes, channels: int, depth: int = 8, deep_white: int = WHITE16
     # Opening a file in Pillow costs as much as decoding a thumbnail: ordinary JPEGs go without.
     picture = None if plain_jpeg_size(data) else _open(data)
     pixels = None
-    if picture is None or _is_ordinary(picture):
+    if picture is None or is_ordinary_jpeg(picture):
         try:
             array = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
             pixels = torch.from_numpy(array).movedim(-1, 0).contiguous()
@@ -123,10 +114,8 @@ def image_size(data_or_head: bytes) -> tuple[int, int]:
         return read_header(data_or_head)[:2]
     picture = _open(data_or_head)
     width, height = picture.size
-    # Pillow gives a TIFF's size upright already, and would decode a whole PNG in search of an orientation after the
-    # pixels (where that is, height and width come out the other way round).
-    readable = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
-    return (width, height) if readable and _orientation(picture) >= 5 else (height, width)
+    # of a PNG that says how it is turned behind its pixels, height and width come out the other way round
+    return (width, height) if orientation(picture) >= 5 else (height, width)
 
 
 def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
@@ -157,11 +146,6 @@ def _most_pixels() -> int:
     return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 2**62
 
 
-def _is_ordinary(picture: Image.Image) -> bool:
-    """Whether an opened file is an upright JPEG in grey or colour."""
-    return picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB") and _orientation(picture) == 1
-
-
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
@@ -170,26 +154,13 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=READ_FORMATS)
 
 
-def _orientation(picture: Image.Image) -> int:
-    """1 to 8; 1 where the file has none that can be read: broken EXIF must not cost the picture."""
-    try:
-        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except MemoryError:
-        raise
-    except Exception:
-        return 1
-    return value if isinstance(value, int) and value in _UPRIGHT else 1
-
-
 def _by_pillow(picture: Image.Image, channels: int) -> Tensor:
     """uint8 or uint16, [1, H, W] or [3, H, W]."""
     with _reasons():
         if channels == 1:
             picture.draft("L", None)  # a JPEG's own luma plane, as torchvision gives it
         picture.load()
-        orientation = _orientation(picture)
-        if orientation != 1:
-            picture = picture.transpose(_UPRIGHT[orientation])
+        picture = upright(picture)
         integers = picture.mode == "F" or picture.mode.startswith("I")
         mode = "L" if picture.mode in _GREY_MODES else "RGB"
         if not integers and picture.mode != mode:
