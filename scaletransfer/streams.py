@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import Any, Literal, Protocol
 
 import cv2
@@ -113,35 +114,41 @@ class ThreadLoader:
     def __iter__(self) -> Iterator[Batch]:
         pinned = torch.cuda.is_available()
         ahead: deque[tuple[Pending, list[Future[None]]]] = deque()
-        held = 0.0
+        held, image = 0, self.dataset.image_bytes()
+        stopped = Event()
         upcoming = iter(self.sampler)
+        positions = next(upcoming, None)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read-and-decode")
         try:
             while True:
-                while not ahead or (held < self.most and len(ahead) < max(2, _MOST_AHEAD * self.threads)):
-                    positions = next(upcoming, None)
-                    if positions is None:
+                while positions is not None and len(ahead) < max(2, _MOST_AHEAD * self.threads):
+                    if ahead and held + image * len(positions) > self.most:
                         break
                     pending = self.dataset.begin(positions, pinned=pinned)
-                    held += _bytes(pending)
-                    ahead.append((pending, [pool.submit(self._fill, pending, piece) for piece in self._cut(positions)]))
+                    held += image * len(positions)
+                    pieces = [pool.submit(self._fill, pending, piece, stopped) for piece in self._cut(positions)]
+                    ahead.append((pending, pieces))
+                    positions = next(upcoming, None)
                 if not ahead:
                     return
                 pending, pieces = ahead.popleft()
                 for piece in pieces:
                     piece.result()
-                held -= _bytes(pending)
+                held -= image * len(pending.positions)
                 yield self.dataset.finish(pending)
         finally:
             # also where the consumer stops early or a sample is an error: nothing goes on in the background
+            stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _cut(self, positions: list[int]) -> list[range]:
         size = max(1, -(-len(positions) // (_PIECES * self.threads)))
         return [range(first, min(first + size, len(positions))) for first in range(0, len(positions), size)]
 
-    def _fill(self, pending: Pending, piece: range) -> None:
+    def _fill(self, pending: Pending, piece: range, stopped: Event) -> None:
         for number in piece:
+            if stopped.is_set():
+                return
             self.dataset.load(pending, number)
 
 
@@ -202,11 +209,6 @@ class _Arrays(Dataset[dict[str, Any]]):
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         batch = self.dataset.__getitems__(positions)
         return {name: np.asarray(a) if isinstance(a, Tensor) else a for name, a in batch.items()}
-
-
-def _bytes(pending: Pending) -> int:
-    assert pending.pixels is not None
-    return pending.pixels.nbytes
 
 
 def _finished(batch: Any) -> Any:
