@@ -8,6 +8,7 @@ reader was asked for so far fit in it together, else ranges (and what is in the 
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import weakref
 import zlib
@@ -25,6 +26,7 @@ from scaletransfer.storage_errors import shown
 from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 
 _OPEN_FILES = 64
+_SHARE = 8  # a reader keeps at most one in so many of the descriptors that a process may have: others need some too
 _TAR_BLOCK = 512
 _CUT_SHARD = "it is truncated, make the shards again"
 _readers: weakref.WeakSet[ShardReader] = weakref.WeakSet()
@@ -57,6 +59,8 @@ class ShardReader:
         self.counters = ReadCounters()
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _File] = OrderedDict()
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = _OPEN_FILES if allowed < 0 else max(1, min(_OPEN_FILES, allowed // _SHARE))
         weakref.finalize(self, _close_all, self._files)
         self._cache = ShardCache(self.remote, self.counters)
         self._shards: dict[str, ShardInfo] = {}
@@ -122,7 +126,7 @@ class ShardReader:
             else:  # another thread was quicker
                 os.close(handle)
             file.users += 1
-            while len(self._files) > _OPEN_FILES:
+            while len(self._files) > self._most:
                 old = self._files.popitem(last=False)[1]
                 old.kept = False
                 if not old.users:

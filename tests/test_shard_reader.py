@@ -97,6 +97,15 @@ def test_threads_share_a_few_open_files(tmp_path, monkeypatch):
     assert reader.counters.bytes_read == 8 * 600 * 40_000
 
 
+def test_a_low_limit_of_open_files_is_shared_with_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_reader.resource, "getrlimit", lambda _: (64, 64))
+    reader, before = ShardReader(), open_files()
+    for number in range(20):
+        (tmp_path / str(number)).write_bytes(bytes([number]))
+        assert reader.read(str(tmp_path / str(number)), 0, 1) == bytes([number])
+    assert open_files() - before == 64 // 8
+
+
 def test_a_forked_process_and_a_copy_begin_anew(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 100)
     reader = ShardReader(RemoteSettings(attempts=7))
