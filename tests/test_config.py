@@ -258,6 +258,8 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(write, key, value, ex
         "data.rand_augment=[2, 31]",
         "data.workers=-1",
         "data.prefetch_mb=0",
+        "data.remote.cache_gb=.inf",
+        "data.remote.timeout=.inf",
         "data.train_split=''",
         "data.policy.per_label={Edema: {uncertain: onez}}",
         "data.policy.per_label={Edema: {unsure: ones}}",

@@ -51,9 +51,9 @@ class RemoteConfig:
     """Seconds that one request may take."""
 
     def __post_init__(self) -> None:
-        check(self.cache_gb > 0, "data.remote.cache_gb", self.cache_gb, "above 0")
+        check(0 < self.cache_gb < float("inf"), "data.remote.cache_gb", self.cache_gb, "above 0")
         check(self.attempts >= 1, "data.remote.attempts", self.attempts, "1 or more")
-        check(self.timeout > 0, "data.remote.timeout", self.timeout, "above 0")
+        check(0 < self.timeout < float("inf"), "data.remote.timeout", self.timeout, "above 0")
 
 
 def check_reading(workers: int, prefetch_mb: float) -> None:
