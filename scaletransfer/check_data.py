@@ -346,8 +346,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("shards", nargs="+", type=Path, metavar="SHARDS", help="folders of shards to pre-train on")
-    add("--targets", nargs="+", type=Path, default=[], metavar="SHARDS", help="folders to fine-tune and test on")
+    add("shards", nargs="+", metavar="SHARDS", help="folders of shards to pre-train on")
+    add("--targets", nargs="+", default=[], metavar="SHARDS", help="folders to fine-tune and test on")
     add(
         "--out", type=Path, default=Path("check-data"), metavar="DIR", help="folder of the report (default: check-data)"
     )

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from scaletransfer.image_features import FINE
 from scaletransfer.index import ShardIndex, load_index
+from scaletransfer.storage import is_url, local_path
+from scaletransfer.storage_errors import shown
 
 Relation = Literal["same split", "allowed", "refused"]
 
@@ -74,15 +76,21 @@ class Group:
 def open_sets(shards: Sequence[str | os.PathLike[str]], targets: Sequence[str | os.PathLike[str]]) -> list[CheckedSet]:
     """Open folders of shards; a folder that is named twice is one set, with both roles if both name it.
 
-    Raises ValueError for a folder that is no finished folder of shards.
+    Raises ValueError for a folder that is no finished folder of shards, or is not on a disk.
     """
     indexes: dict[Path, ShardIndex] = {}
     roles: dict[Path, set[str]] = {}
     for role, folders in (("trains", shards), ("target", targets)):
         for folder in folders:
-            path = Path(folder).resolve()
+            local = local_path(os.fspath(folder)) if is_url(folder) else folder
+            if local is None:
+                raise ValueError(
+                    f"{shown(os.fspath(folder))} is not on a disk, and every image is looked at more than once: copy "
+                    "the folder of shards and name the copy"
+                )
+            path = Path(local).resolve()
             if path not in indexes:
-                indexes[path] = load_index(folder)
+                indexes[path] = load_index(local)
             roles.setdefault(path, set()).add(role)
     taken: set[str] = set()
     sets = []

@@ -107,7 +107,7 @@ def evaluate(
     loss = make_loss(target.task)  # type: ignore[arg-type]
     found = scores(loss, predicted, target.index, split, target.names, resamples=resamples)
     if strategy.rank == 0:
-        print(f"{path} ({card['model']}) on the split {split} of {target.index.folder}")
+        print(f"{path} ({card['model']}) on the split {split} of {target.index.where}")
         print(lines(found, target.names))
         if out is not None:
             folder = Path(out)
@@ -184,15 +184,15 @@ def as_trained(card: Mapping[str, Any], source: str | None, given: dict[str, Any
 def check_labels(path: Path, card: dict[str, Any], target: Target, split: str) -> None:
     """ValueError unless the data's task, label names and their order are the model's and the split is there."""
     if card["task"] != target.task:
-        raise ValueError(f"{path} is a {card['task']} model but {target.index.folder} is {target.task}")
+        raise ValueError(f"{path} is a {card['task']} model but {target.index.where} is {target.task}")
     if tuple(card["label_names"]) != target.names:
         raise ValueError(
-            f"label names do not fit: {path} has {shortened(card['label_names'])}; {target.index.folder} has "
+            f"label names do not fit: {path} has {shortened(card['label_names'])}; {target.index.where} has "
             f"{shortened(target.names)}; evaluate on data with the same labels in the same order, or fine-tune first"
         )
     if split not in target.index.splits:
         raise ValueError(
-            f"{target.index.folder} has no split {split!r}, only {', '.join(target.index.splits)}: give one by --split"
+            f"{target.index.where} has no split {split!r}, only {', '.join(target.index.splits)}: give one by --split"
         )
 
 
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="exported model folder, or a fine-tuning run")
     parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images, one folder a class")
-    parser.add_argument("--shards", type=Path, metavar="DIR", help="a folder made by make_shards")
+    parser.add_argument("--shards", metavar="DIR", help="a folder made by make_shards, or its URL")
     parser.add_argument("--source", metavar="NAME", help="a data set read from its own files in --root")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the folder of that data set")
     parser.add_argument("--protocol", choices=["corrected", "paper"], help="splits of --source (default: the model's)")

@@ -32,7 +32,7 @@ from scaletransfer.transfer.scores import read_result
 OPTIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "model.path": (("--model-path",), "PATH", "pre-trained model: exported folder, .safetensors, .pth.tar or .npz"),
     "data.images": (("--images",), "DIR", "the target: a folder of images, one folder a class"),
-    "data.shards": (("--shards",), "DIR", "the target: a folder made by make_shards"),
+    "data.shards": (("--shards",), "DIR", "the target: a folder made by make_shards, or its URL"),
     "examples_per_class": (("--examples-per-class", "--examples_per_class"), "N", "few-shot: so many a class"),
     "seed": (("--seed",), "S", "of selection, order, augmentation and drawn values (default 0)"),
     "steps": (("--steps",), "K", "another length than BiT-HyperRule's; its schedule keeps its shape"),

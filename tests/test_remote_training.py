@@ -7,7 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_data import SALT, make_image_folder
 from helpers_run import launch, launch_to_end, make_shards, rows, steps, write_config
+from helpers_transfer import config as transfer_config
+from helpers_transfer import losses, make_pretrained
+
+from scaletransfer.checked_sets import open_sets
+from scaletransfer.evaluate import evaluate
+from scaletransfer.finetune import finetune
+from scaletransfer.shards import build, plan_shards
+from scaletransfer.sources import open_source
+from scaletransfer.transfer.data import open_target
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 pytest_plugins = ("helpers_s3",)
@@ -81,3 +91,23 @@ def test_two_ranks_train_from_one_cache(s3, tmp_path):
         assert steps(tmp_path / "runs" / name) == steps(tmp_path / "runs" / "local")
         logged = [row for row in rows(tmp_path / "runs" / name) if row.get("event") == "log"][-1]
         assert logged["remote_bytes"] == expected and logged["cache_hits"] > 0
+
+
+def test_fine_tuning_and_evaluation_read_a_folder_behind_a_url_as_one_on_a_disk(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where the cache is
+    images = make_image_folder(tmp_path / "images", per_class=5, splits=("train", "val"))
+    build(plan_shards(open_source("image_folder", images), SALT, shard_size=6), tmp_path / "flowers")
+    pretrained = make_pretrained(tmp_path / "pretrained")
+    url = s3.put(tmp_path / "flowers", "flowers")
+    found = []
+    for name, shards in (("local", str(tmp_path / "flowers")), ("remote", url)):
+        cfg = transfer_config(f"data.shards={shards}", f"model.path={pretrained}", "data.workers=1")
+        result = finetune(tmp_path / name, cfg)
+        assert result["dataset"] == "flowers"
+        scores = evaluate(tmp_path / name, shards=shards, split="valid", resamples=10, workers=1)
+        found.append((losses(tmp_path / name), scores["loss"], scores["accuracy"]))
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match=r"s3://shards/flowers is not on a disk, .* name the copy"):
+        open_sets([url], [])
+    with pytest.raises(ValueError, match=r"data.train_split is 'tain' but s3://shards/flowers has only train, valid"):
+        open_target(transfer_config(f"data.shards={url}", f"model.path={pretrained}", "data.train_split=tain"))

@@ -43,7 +43,7 @@ class FinetuneDataConfig:
     images: str | None = None
     """A folder with train/<class>/<image> and val/<class>/<image>, or with <class>/<image> alone."""
     shards: str | None = None
-    """A folder made by make_shards."""
+    """A folder made by make_shards, or its URL."""
     source: str | None = None
     """A data set by the name that make_shards knows it by, read from its own files in root."""
     root: str | None = None

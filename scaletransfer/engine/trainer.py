@@ -170,7 +170,7 @@ class Trainer:
         if self.engine.rank != 0 or len(order.sizes) == 1 or (into and not begins):
             return
         shares = order.shares(epoch)
-        folders = [str(source.index.folder) for source in self.train.sources]
+        folders = [source.index.where for source in self.train.sources]
         if not into:
             self.log.row({"event": "epoch", "step": step, "epoch": epoch, "shares": shares, "folders": folders})
             self.log.scalars(step, {f"data/share_{place}": share for place, share in enumerate(shares)})

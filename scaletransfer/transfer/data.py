@@ -78,23 +78,23 @@ def open_target(cfg: FinetuneConfig) -> Target:
     for key, split in (("train_split", data.train_split), ("valid_split", target.valid_split)):
         if split == "valid" and held_out and split not in index.splits:
             raise ValueError(
-                f"{index.folder} has no validation folder, and of its {len(index.table('train'))} images a share of "
+                f"{index.where} has no validation folder, and of its {len(index.table('train'))} images a share of "
                 f"{cfg.data.valid_share:g} leaves none for validation: add a folder val, or raise data.valid_share"
             )
         if split in index.splits and len(index.table(split)) == 0:
-            raise ValueError(f"data.{key}: the split {split} of {index.folder} has no sample: name another split")
+            raise ValueError(f"data.{key}: the split {split} of {index.where} has no sample: name another split")
         if split not in index.splits:
-            raise ValueError(f"data.{key} is {split!r} but {index.folder} has only {', '.join(index.splits)}")
+            raise ValueError(f"data.{key} is {split!r} but {index.where} has only {', '.join(index.splits)}")
     if data.train_split == target.valid_split:
         raise ValueError(f"data.train_split and data.valid_split are both {data.train_split!r}: name two splits")
     if target.task == "multiclass" and len(target.names) < 2:
         raise ValueError(
-            f"{index.folder} has the single class {target.names[0]!r}: there is nothing to tell apart; a run needs two "
+            f"{index.where} has the single class {target.names[0]!r}: there is nothing to tell apart; a run needs two "
             f"{'class folders' if held_out else 'classes'} or more"
         )
     if cfg.nb_classes is not None and cfg.nb_classes != len(target.names):
         raise ValueError(
-            f"nb_classes is {cfg.nb_classes} but {index.folder} has {len(target.names)} classes "
+            f"nb_classes is {cfg.nb_classes} but {index.where} has {len(target.names)} classes "
             f"({shortened(target.names)}): correct nb_classes, or the folder"
         )
     return target
@@ -126,7 +126,7 @@ def default_split(index: ShardIndex, source: str | None = None) -> tuple[str, st
         return "test", f"note: {index.source} has no split valid: scores are on its split test"
     own = source is not None and "valid_share" in source_options(source)
     raise ValueError(
-        f"{index.folder} has no split valid or test, only {', '.join(index.splits)}: "
+        f"{index.where} has no split valid or test, only {', '.join(index.splits)}: "
         + (
             "hold a share of it out by the option valid_share"
             if own
@@ -200,8 +200,7 @@ def _open_own(cfg: FinetuneConfig) -> tuple[ShardIndex, str, str]:
     """Index, name, and what was inferred, of shards or image folders."""
     data = cfg.data
     if data.shards is not None:
-        folder = Path(data.shards)
-        return load_index(folder), _name(folder), ""
+        return load_index(data.shards), _name(Path(data.shards)), ""
     if cfg.train_dir is not None:
         source, note = _two_folders(cfg.train_dir, cfg.val_dir, data.valid_share)
         name = _name(Path(cfg.train_dir))

@@ -82,7 +82,7 @@ def select(
             chosen.append(mine)
         rows = np.unique(np.concatenate(chosen))
         if len(rows) == 0:
-            raise ValueError(f"no training sample of {index.folder} has any of the labels {', '.join(names)}")
+            raise ValueError(f"no training sample of {index.where} has any of the labels {', '.join(names)}")
     rows = rows[np.argsort(keys[rows], kind="stable")]
     return Selection(rows=rows, keys=tuple(index.keys(split, rows)), shot=shot, seed=seed)
 
@@ -134,14 +134,14 @@ def load_selection(path: Path, index: ShardIndex, split: str) -> Selection:
         raise ValueError(f"{path}: its keys do not fit its sha256, so it was changed: save the selection again")
     if content.get("salt_fingerprint") != index.salt_fingerprint:
         raise ValueError(
-            f"{path} was made with another salt than {index.folder}, so its keys mean nothing there: use the data (or "
+            f"{path} was made with another salt than {index.where}, so its keys mean nothing there: use the data (or "
             "the salt file) that it was made with"
         )
     rows_by_key = {key: row for row, key in enumerate(index.keys(split, slice(None)))}
     missing = [key for key in keys if key not in rows_by_key]
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} of its {len(keys)} samples are not in the split {split} of {index.folder} (first "
+            f"{path}: {len(missing)} of its {len(keys)} samples are not in the split {split} of {index.where} (first "
             f"{missing[0]}): it belongs to other data"
         )
     shot, seed = content.get("shot"), content.get("seed")
