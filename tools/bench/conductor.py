@@ -24,6 +24,7 @@ ONE_THREAD = dict.fromkeys(
 )
 """No program may use more cores than the workers that it was given."""
 _ERROR_LINES = 3
+_GRACE = 4.0  # seconds that a program has to end
 
 
 @dataclass(kw_only=True)
@@ -89,8 +90,13 @@ class Program:
             self._look_at_memory()
 
     def end(self) -> None:
-        """End all its processes."""
+        """End all its processes: by themselves, so that they can clean up, or else by force."""
         if self._process is not None:
+            with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                assert self._process.stdin is not None
+                self._process.stdin.close()
+                self._signal(signal.SIGCONT)
+                self._process.wait(_GRACE)
             self._signal(signal.SIGKILL)
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout, self._errors):
