@@ -3,7 +3,8 @@
 A batch is a dictionary: ``image`` uint8 (uint16 for 16-bit shards) [b, c, H, W] with c = 1 for grey, ``target``
 float32 [b, L] with NaN for unknown or int64 [b], ``position`` int64 [b], ``key`` int64 [b] (the 16 hex digits of the
 sample's key, reinterpreted as signed), ``bytes`` int64 [] read for this batch, ``reads`` int64 [4] (bytes from remote
-storage, hits and misses of the cache, retries), ``bad`` (one sentence for each sample that could not be used).
+storage, hits and misses of the cache, retries), ``bad`` (one sentence for each sample that could not be used) and
+``bad_key`` int64 [len(bad)].
 
 An image is read by (shard, offset, size) from the sample table: one read, nothing that belongs to another rank.
 ``streams`` runs all this in threads or processes.
@@ -289,9 +290,14 @@ class ShardDataset(Dataset[Batch]):
         if self.fused is not None:
             side, depth = self.fused.size, self._decoding[0].depth
             return self.channels * side * side * depth // 8
+        return self._black().nbytes
+
+    def _black(self) -> np.ndarray:
+        """What torchvision's pipeline makes of a black image: the shape and type of all images."""
         assert self.transform is not None
+        dtype = torch.uint16 if self._decoding[0].depth == 16 else torch.uint8
         with seeded(0):
-            return self.transform(torch.zeros(self.channels, 64, 64, dtype=torch.uint8)).nbytes
+            return self.transform(torch.zeros(self.channels, 64, 64, dtype=dtype)).numpy()
 
     def finish(self, pending: Pending) -> Batch:
         """The batch, when every sample was loaded."""
@@ -303,6 +309,7 @@ class ShardDataset(Dataset[Batch]):
         counters = self.reader.counters
         now = np.array([counters.remote_bytes, counters.cache_hits, counters.cache_misses, counters.retries])
         reads, self._counted = now - self._counted, now
+        bad = sorted(pending.bad)
         return {
             "image": image,
             "target": torch.from_numpy(pending.target),
@@ -310,22 +317,21 @@ class ShardDataset(Dataset[Batch]):
             "key": torch.from_numpy(pending.key),
             "bytes": torch.tensor(sum(pending.sizes)),
             "reads": torch.from_numpy(reads),
-            "bad": [pending.bad[number] for number in sorted(pending.bad)],
+            "bad": [pending.bad[number] for number in bad],
+            "bad_key": torch.from_numpy(pending.key[bad]),
         }
 
     def _spoil(self, pending: Pending) -> None:
         """Bad samples: black, and nothing is known of them."""
         unknown = np.nan if pending.target.dtype.kind == "f" else UNKNOWN_CLASS
-        fine = next((pixels for pixels in pending.loose if pixels is not None), None)
-        if pending.pixels is None and fine is None:
-            raise ValueError(next(iter(pending.bad.values())) + " (and so is every other image of its batch)")
+        black = self._black() if pending.pixels is None else None
         for number in pending.bad:
             pending.target[number] = unknown
             if pending.pixels is not None:
                 pending.pixels[number] = 0
             else:
-                assert fine is not None
-                pending.loose[number] = np.zeros_like(fine)
+                assert black is not None
+                pending.loose[number] = np.zeros_like(black)
 
 
 class StepSampler(Sampler[list[int]]):

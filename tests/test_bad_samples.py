@@ -11,17 +11,18 @@ import pytest
 import torch
 from helpers_data import SALT, make_image_folder
 from helpers_loader import POLICY
-from helpers_run import make_shards, run_single, write_config
+from helpers_run import launch, make_shards, run_single, write_config
 from torch import nn
 
 from scaletransfer.fused import build_fused
 from scaletransfer.index import load_index
 from scaletransfer.loader import ShardDataset, Source, StepSampler
 from scaletransfer.losses import UNKNOWN_CLASS, make_loss
-from scaletransfer.order import Order
+from scaletransfer.order import Order, rank_positions
 from scaletransfer.shards import build, plan_shards
 from scaletransfer.sources import open_source
 from scaletransfer.streams import batches, make_loader
+from scaletransfer.transforms import TransformOptions, build_transform
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,21 @@ def test_a_missing_shard_counts_as_its_samples(folder):
             assert sum(len(batch["bad"]) for batch in stream) == lost
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_nothing_but_bad_samples_is_black_in_torchvisions_pipeline_too(folder, workers):
+    index = load_index(folder)
+    for shard in folder.glob("*.tar"):
+        shard.unlink()
+    source = Source(index=index, split="train", policy=POLICY, names=index.label_names)
+    order = Order(shards=(source.shards,), weights=(None,), seed=0, global_batch=8)
+    augmented = build_transform("natural", True, 16, options=TransformOptions(randaugment=True))
+    data = ShardDataset([source], order, augmented, 3, 0, max_bad=100)
+    for batch in batches(make_loader(data, StepSampler(0, 16, 0, 1, 8, 8), workers)):
+        assert batch["image"].shape == (8, 3, 16, 16) and batch["image"].dtype == torch.uint8
+        assert not batch["image"].any() and (batch["target"] == UNKNOWN_CLASS).all()
+        assert len(batch["bad"]) == 8 and batch["bad_key"].tolist() == batch["key"].tolist()
+
+
 def test_an_unknown_class_adds_nothing_to_the_loss():
     torch.manual_seed(0)
     logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -128,9 +144,27 @@ def test_a_run_names_counts_and_bounds_them(chexpert, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"samples could not be used and data\.max_bad_samples is 1"):
         run(config, "name=bounded", "data.max_bad_samples=1")
     capsys.readouterr()
-    rows = run(config, "name=lenient", "data.max_bad_samples=3")
+    # one that is met in each of two epochs is one
+    rows = run(config, "name=lenient", "data.max_bad_samples=3", "epochs=2")
     said = [line for line in capsys.readouterr().err.splitlines() if "bad sample, left out" in line]
-    assert all(any(key in line for key in keys) for line in said)
+    assert all(sum(key in line for line in said) == 1 for key in keys)
     counted = [row["bad_samples"] for row in rows if row.get("event") == "log"]
-    assert counted == sorted(counted) and counted[-1] == len(said) > 0
+    assert counted == sorted(counted) and counted[-1] == len(said) == 3
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+
+@pytest.mark.engine
+def test_ranks_stop_together_where_one_alone_has_too_many(chexpert, tmp_path):
+    shards = Path(shutil.copytree(chexpert, tmp_path / "shards"))
+    sizes = tuple(shard.samples for shard in load_index(shards).splits["train"].shards)
+    order = Order(shards=(sizes,), weights=(None,), seed=3, global_batch=16)  # as the configuration has it
+    spoil(shards, order.locate(rank_positions(2, 1, 2, 4, 16).ravel())[1].tolist()[:3])
+    config = write_config(tmp_path, shards)
+    options = ["validate.every_epochs=null", "data.max_bad_samples=2"]
+    run = launch("ddp", ["--config", str(config), *options], tmp_path)
+    try:
+        assert run.wait(120) != 0
+        assert run.error() == "error: 3 samples could not be used and data.max_bad_samples is 2; they are named above"
+        assert "gloo" not in run.text() and not run.survivors()
+    finally:
+        run.end()

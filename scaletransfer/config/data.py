@@ -114,8 +114,8 @@ class DataConfig:
     prefetch_mb: float = 256.0
     """Most memory a rank, in MB, for batches that are prepared ahead."""
     max_bad_samples: int = 0
-    """How many training samples may be unreadable before the run stops. They are named, and train nothing. 0: the
-    first one stops it. In validation the first one always does."""
+    """How many training samples may be unreadable before the run stops, each counted once since its start or resume.
+    They are named, and train nothing. 0: the first one stops it. In validation the first one always does."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     """How shards named by a URL are read."""
 

@@ -20,29 +20,42 @@ _BAD = 4  # after the four of a batch's "reads"
 
 @dataclass(kw_only=True)
 class Reading:
-    """Sums since this process started. max_bad: samples, over all ranks, that may be unusable before the run stops."""
+    """Sums since this process started. max_bad: samples, over all ranks, that may be unusable before the run stops; one
+    that is met again in a later epoch is still one."""
 
     max_bad: int = 0
     bytes: int = 0
     waited: float = 0.0
     """Seconds that the loop waited for batches, since the last report."""
-    _sums: np.ndarray = field(default_factory=lambda: np.zeros(5, dtype=np.int64))
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(4, dtype=np.int64))
     _before: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Bytes of each rank at the last report."""
+    _bad: set[int] = field(default_factory=set)
+    """Keys of the samples that could not be used: of this rank, and of all ranks up to the last report."""
+    _new: list[int] = field(default_factory=list)
+    """Those that this rank has met since."""
 
-    def add(self, batch: Batch) -> None:
-        """Count a batch. Raises ValueError where this rank alone has too many bad samples."""
+    def add(self, batch: Batch, *, alone: bool) -> None:
+        """Count a batch. alone: this is the only rank, so that it may stop by itself; several stop in ``report``.
+
+        Raises:
+            ValueError: too many bad samples.
+        """
         self.bytes += int(batch["bytes"])
-        self._sums[:_BAD] += batch["reads"].numpy()
-        for sentence in batch["bad"]:
-            self._sums[_BAD] += 1
+        self._sums += batch["reads"].numpy()
+        for key, sentence in zip(batch["bad_key"].tolist(), batch["bad"], strict=True):
+            if key in self._bad:
+                continue
+            self._bad.add(key)
+            self._new.append(key)
             print(f"bad sample, left out: {sentence}", file=sys.stderr, flush=True)
-            self._check(int(self._sums[_BAD]), sentence)
+            if alone:
+                self._check(f"the last: {sentence}")
 
-    def _check(self, bad: int, last: str) -> None:
-        if bad > self.max_bad:
+    def _check(self, which: str) -> None:
+        if len(self._bad) > self.max_bad:
             raise ValueError(
-                f"{bad} samples could not be used and data.max_bad_samples is {self.max_bad}; the last: {last}"
+                f"{len(self._bad)} samples could not be used and data.max_bad_samples is {self.max_bad}; {which}"
             )
 
     def report(self, engine: Engine, seconds: float) -> tuple[dict[str, Any], dict[str, float | None]]:
@@ -51,15 +64,16 @@ class Reading:
         Raises:
             ValueError: too many bad samples on all ranks together.
         """
-        mine = torch.from_numpy(np.concatenate([[self.bytes], self._sums]))
+        mine = torch.from_numpy(np.concatenate([[self.bytes], self._sums, [len(self._new)]]))
         ranks = gather_rows(engine, mine[None]).numpy()
         share = min(1.0, self.waited / seconds)
         waits = gather_rows(engine, torch.tensor([share])).tolist()
         self.waited = 0.0
         if not len(self._before):
             self._before = np.zeros(len(ranks), dtype=np.int64)
-        bad = int(ranks[:, 1 + _BAD].sum())
-        self._check(bad, "see the lines before it")
+        self._share(engine, ranks[:, 1 + _BAD])
+        bad = len(self._bad)
+        self._check("they are named above")
         row: dict[str, Any] = {"data_wait": round(share, 4), "bytes_read": ranks[:, 0].tolist(), "bad_samples": bad}
         scalars: dict[str, float | None] = {
             "speed/data_wait": share,
@@ -80,3 +94,12 @@ class Reading:
                 "data/retries": float(retries),
             }
         return row, scalars
+
+    def _share(self, engine: Engine, new: np.ndarray) -> None:
+        """Every rank learns the keys of all; new: how many each rank has."""
+        if new.any():
+            mine = torch.zeros(1, int(new.max()), dtype=torch.int64)
+            mine[0, : len(self._new)] = torch.tensor(self._new, dtype=torch.int64)
+            for keys, count in zip(gather_rows(engine, mine).tolist(), new.tolist(), strict=True):
+                self._bad.update(keys[:count])
+            self._new.clear()

@@ -206,7 +206,7 @@ class Trainer:
         if first is not None:
             first.after_step()
         for batch in group:
-            self.reading.add(batch)
+            self.reading.add(batch, alone=self.engine.world == 1)
         read = torch.stack([torch.cat([b["position"] for b in group]), torch.cat([b["key"] for b in group])], dim=1)
         self._pending.append((step, rate, result, read))
 
