@@ -78,7 +78,7 @@ class Fused:
         """Height and width of what comes out."""
         return self.geometry.size
 
-    def __call__(self, data: bytes, how: Decoding, uniforms: Uniforms, out: np.ndarray) -> None:
+    def __call__(self, data: bytes | memoryview, how: Decoding, uniforms: Uniforms, out: np.ndarray) -> None:
         """Fill ``out`` [channels, size, size], uint8 or for ``how.depth`` 16 uint16, C-contiguous.
 
         Raises:

@@ -28,7 +28,7 @@ from scaletransfer.fused import Fused
 from scaletransfer.index import ShardIndex
 from scaletransfer.losses import UNKNOWN_CLASS
 from scaletransfer.order import Positions, rank_positions, sample_seed, sample_uniforms
-from scaletransfer.shard_reader import ShardReader, image_place, read_image
+from scaletransfer.shard_reader import ShardReader, image_place, read_view
 from scaletransfer.storage_errors import StorageError
 from scaletransfer.storage_settings import RemoteSettings
 from scaletransfer.transforms import seeded
@@ -254,7 +254,7 @@ class ShardDataset(Dataset[Batch]):
                 raise
             pending.bad[number] = str(error)
 
-    def _decode(self, pending: Pending, number: int, source: Source, row: int, data: bytes) -> None:
+    def _decode(self, pending: Pending, number: int, source: Source, row: int, data: bytes | memoryview) -> None:
         position, how = pending.positions[number], self._decoding[pending.where[number][0]]
         try:
             if self.fused is not None:
@@ -276,10 +276,10 @@ class ShardDataset(Dataset[Batch]):
         with seeded(sample_seed(self.seed, position)):
             pending.loose[number] = self.transform(planes).numpy()
 
-    def _read(self, source: Source, row: int) -> bytes:
+    def _read(self, source: Source, row: int) -> bytes | memoryview:
         """The bytes of an image file; ValueError, naming the shard and the offset, where they cannot be had."""
         try:
-            return read_image(self.reader, source.index, source.split, row)
+            return read_view(self.reader, source.index, source.split, row)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             where = image_place(source.index, source.split, row)

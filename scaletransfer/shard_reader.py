@@ -164,7 +164,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> bytes:
-    """The bytes of the image file of one table row.
+    """The bytes of the image file of one table row; raises what `read_view` raises."""
+    return bytes(read_view(reader, index, split, row))
+
+
+def read_view(reader: ShardReader, index: ShardIndex, split: str, row: int) -> bytes | memoryview:
+    """The bytes of the image file of one table row, without a copy of what was read.
 
     Raises:
         ValueError: the file is shorter than the index says, or a shard holds something else there; what `storage`
@@ -194,7 +199,7 @@ def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> 
             f"{shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
             "or was changed; make the folder again with make_shards --overwrite"
         )
-    image = data[_TAR_BLOCK:]
+    image = memoryview(data)[_TAR_BLOCK:]
     if (crc := int(entry["crc"])) and zlib.crc32(image) != crc:
         raise ValueError(
             f"{image_place(index, split, row)} is damaged (its CRC-32 differs from the sample table's): copy the shard "

@@ -376,8 +376,18 @@ def test_a_web_server_without_ranges_is_refused(shards, tmp_path):
 def test_a_reader_that_is_gone_leaves_no_file_open(tmp_path):
     path = tmp_path / "shard.tar"
     path.write_bytes(b"x" * 100)
-    before = len(os.listdir("/proc/self/fd"))
+
+    def kept() -> int:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(os.readlink(link) == str(path) for link in links if link.exists())
+
+    reader = ShardReader()
+    reader.read(str(path), 10, 20)
+    assert kept() == 1
     for _ in range(5):
         assert ShardReader().read(str(path), 10, 20) == b"x" * 20
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert kept() == 1
+    del reader
+    gc.collect()
+    assert kept() == 0

@@ -23,7 +23,7 @@ from scaletransfer.keys import PUBLIC_SALT
 from scaletransfer.labels import LabelPolicy
 from scaletransfer.loader import ShardDataset, Source, StepSampler, target_names
 from scaletransfer.order import Order
-from scaletransfer.shard_reader import read_image
+from scaletransfer.shard_reader import read_view
 from scaletransfer.sources import open_source
 from scaletransfer.streams import batches, make_loader
 
@@ -109,7 +109,7 @@ def _read_only(data: ShardDataset, sampler: StepSampler) -> Iterator[np.ndarray]
         source, row = data.locate(np.asarray(positions))
         for number, line in zip(source.tolist(), row.tolist(), strict=True):
             chosen = data.sources[number]
-            read_image(data.reader, chosen.index, chosen.split, line)
+            read_view(data.reader, chosen.index, chosen.split, line)
         yield np.empty(len(positions), np.uint8)
 
 
