@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from scaletransfer.loader import Batch, Pending, ShardDataset
+from scaletransfer.storage_errors import StorageError
 
 WorkerKind = Literal["auto", "threads", "processes"]
 _MOST_AHEAD = 4
@@ -115,7 +116,7 @@ class ThreadLoader:
         pinned = torch.cuda.is_available()
         ahead: deque[tuple[Pending, list[Future[None]]]] = deque()
         held, image = 0, self.dataset.image_bytes()
-        stopped = Event()
+        stopped, failed = Event(), list[StorageError]()
         upcoming = iter(self.sampler)
         positions = next(upcoming, None)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read-and-decode")
@@ -126,7 +127,9 @@ class ThreadLoader:
                         break
                     pending = self.dataset.begin(positions, pinned=pinned)
                     held += image * len(positions)
-                    pieces = [pool.submit(self._fill, pending, piece, stopped) for piece in self._cut(positions)]
+                    pieces = [
+                        pool.submit(self._fill, pending, piece, stopped, failed) for piece in self._cut(positions)
+                    ]
                     ahead.append((pending, pieces))
                     positions = next(upcoming, None)
                 if not ahead:
@@ -145,11 +148,17 @@ class ThreadLoader:
         size = max(1, -(-len(positions) // (_PIECES * self.threads)))
         return [range(first, min(first + size, len(positions))) for first in range(0, len(positions), size)]
 
-    def _fill(self, pending: Pending, piece: range, stopped: Event) -> None:
+    def _fill(self, pending: Pending, piece: range, stopped: Event, failed: list[StorageError]) -> None:
         for number in piece:
+            if failed:  # a server that is gone: nobody else waits for it, which may take minutes
+                raise failed[0]
             if stopped.is_set():
                 return
-            self.dataset.load(pending, number)
+            try:
+                self.dataset.load(pending, number)
+            except StorageError as error:
+                failed.append(error)
+                raise
 
 
 class ProcessLoader:

@@ -12,6 +12,7 @@ from helpers_loader import SIZE, dataset, small_chexpert, small_shards, source
 
 from scaletransfer.index import load_index
 from scaletransfer.loader import StepSampler
+from scaletransfer.storage_errors import StorageError
 from scaletransfer.streams import batches, make_loader
 
 BATCH = 12
@@ -100,3 +101,18 @@ def test_threads_stop_after_the_sample_that_they_are_at(index, monkeypatch):
     began = time.monotonic()
     stream.close()
     assert time.monotonic() - began < 0.5  # a piece has three samples
+
+
+def test_threads_wait_for_a_server_that_is_gone_once(index, monkeypatch):
+    data = dataset([source(index)], batch=BATCH)
+    asked = []
+
+    def gone(pending, number):
+        asked.append(number)
+        time.sleep(0.3 if len(asked) % 2 else 0.2)
+        raise StorageError("the server is gone")
+
+    monkeypatch.setattr(data, "load", gone)
+    with pytest.raises(StorageError, match="is gone"):
+        next(batches(make_loader(data, sampler(200), 2, "threads")))
+    assert len(asked) == 2
