@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOKEN_SEPARATOR = "|"
+_TAR_BLOCK = 512  # bytes; at least one of them, the image's header, stands before it
 STATE_NAMES = ("positive", "negative", "uncertain", "not_mentioned")  # of the values 1, 0, -1, -2
 
 
@@ -91,7 +92,7 @@ def table_problem(table: NDArray[Any], shard_bytes: Sequence[int], views: int, c
     if np.any((shard < 0) | (shard >= len(lengths))):
         return "a row names a shard that does not exist"
     # not offset + size > length: the sum of two hostile numbers may wrap around
-    if np.any((offset < 0) | (size < 1) | (size > lengths[shard] - offset)):
+    if np.any((offset < _TAR_BLOCK) | (size < 1) | (size > lengths[shard] - offset)):
         return "an image reaches outside its shard"
     if np.any((table["view"] < -1) | (table["view"] >= views)):
         return "a row names a view that the index does not have"

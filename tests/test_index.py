@@ -204,6 +204,7 @@ def test_a_pickle_in_place_of_the_table_does_not_run(folder, tmp_path, monkeypat
         ("shard", 99, "a shard that does not exist"),
         ("shard", -1, "a shard that does not exist"),
         ("offset", -5, "outside its shard"),
+        ("offset", 511, "outside its shard"),  # the header before it
         ("size", 2**63 - 1, "outside its shard"),
         ("size", 0, "outside its shard"),
         ("view", 7, "a view that the index does not have"),
