@@ -13,6 +13,7 @@ An image is read by (shard, offset, size) from the sample table: one read, nothi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,7 +167,8 @@ class ShardDataset(Dataset[Batch]):
         self.reader = ShardReader(remote)
         self._decoding = [self._decoding_of(source.index) for source in self.sources]
         self._starts = np.concatenate([[0], np.cumsum([len(s.index.table(s.split)) for s in self.sources])])
-        self._counted = np.zeros(4, dtype=np.int64)
+        self._counters, self._counted = self.reader.counters, np.zeros(4, dtype=np.int64)
+        self._batches: list[np.ndarray] = []
 
     def _decoding_of(self, index: ShardIndex) -> Decoding:
         image = index.image
@@ -229,11 +231,26 @@ class ShardDataset(Dataset[Batch]):
         if self.fused is not None:
             depths = {how.depth for how in self._decoding}
             assert len(depths) == 1, "open_data checks this"
-            dtype = torch.uint8 if depths == {8} else torch.uint16
             shape = (len(where), self.channels, self.fused.size, self.fused.size)
-            pending.image = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-            pending.pixels = pending.image.numpy()
+            if pinned:  # memory of this kind is kept by torch
+                pending.image = torch.empty(
+                    shape, dtype=torch.uint8 if depths == {8} else torch.uint16, pin_memory=True
+                )
+                pending.pixels = pending.image.numpy()
+            else:
+                pending.pixels = self._memory(shape, np.uint8 if depths == {8} else np.uint16)
+                pending.image = torch.from_numpy(pending.pixels)
         return pending
+
+    def _memory(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """Memory for a batch: of one that nobody holds any more, so that its pages need not be made again."""
+        for pixels in self._batches:
+            # held by the list, by `pixels` and by the call alone: a tensor of it would be one more
+            if sys.getrefcount(pixels) == 3 and pixels.shape == shape and pixels.dtype == dtype:
+                return pixels
+        self._batches = [pixels for pixels in self._batches if pixels.shape == shape]
+        self._batches.append(np.empty(shape, dtype))
+        return self._batches[-1]
 
     def load(self, pending: Pending, number: int) -> None:
         """Read and decode sample ``number`` of a batch into it; several threads may do this at once.
@@ -307,6 +324,8 @@ class ShardDataset(Dataset[Batch]):
         if image is None:
             image = torch.from_numpy(np.stack([pixels for pixels in pending.loose if pixels is not None]))
         counters = self.reader.counters
+        if counters is not self._counters:  # a forked process counts from 0
+            self._counters, self._counted = counters, np.zeros(4, dtype=np.int64)
         now = np.array([counters.remote_bytes, counters.cache_hits, counters.cache_misses, counters.retries])
         reads, self._counted = now - self._counted, now
         bad = sorted(pending.bad)

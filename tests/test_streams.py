@@ -116,3 +116,11 @@ def test_threads_wait_for_a_server_that_is_gone_once(index, monkeypatch):
     with pytest.raises(StorageError, match="is gone"):
         next(batches(make_loader(data, sampler(200), 2, "threads")))
     assert len(asked) == 2
+
+
+def test_processes_count_what_they_read_from_0(index):
+    data = dataset([source(index)], batch=BATCH)
+    data.reader.counters.remote_bytes = 1000
+    assert data[0]["reads"].tolist() == [1000, 0, 0, 0] and data[1]["reads"].tolist() == [0, 0, 0, 0]
+    found = batches(make_loader(data, sampler(3), 1, "processes"))
+    assert [batch["reads"].tolist() for batch in found] == [[0, 0, 0, 0]] * 3
