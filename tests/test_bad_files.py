@@ -159,7 +159,7 @@ def test_a_pickle_in_place_of_images(bench, shards):
         for member in members:
             data[member.offset_data : member.offset_data + member.size] = bench.payload().ljust(member.size, b".")
         tar.write_bytes(data)
-    bench.refused(pretrain, bench.train(shards), "cannot be decoded", "shards verify", unchanged=False)
+    bench.refused(pretrain, bench.train(shards), "is damaged", "shards verify", unchanged=False)
     assert not (bench.folder / "runs" / "tiny" / "checkpoints").exists()
     assert command(["shards", "verify", str(shards)]) == 1 and not bench.mark.exists()
 

@@ -134,6 +134,21 @@ def test_bytes_are_counted(shards):
     assert int(data.__getitems__(list(range(12)))["bytes"]) == index.table("train")["size"][row].sum()
 
 
+def test_memory_of_a_batch_is_used_again_when_nobody_holds_it(shards):
+    data = dataset([source(load_index(shards))])
+    held = [data.__getitems__([first, first + 1]) for first in range(0, 10, 2)]
+    part = data.__getitems__([10, 11])["image"][1:]  # a view holds it too
+    assert len({batch["image"].data_ptr() for batch in held} | {part.data_ptr()}) == 6
+    wanted = part.clone()
+    place = held.pop()["image"].data_ptr()
+    again = data.__getitems__([20, 21])["image"]
+    assert again.data_ptr() == place
+    other = dataset([source(load_index(shards))])
+    for first, batch in zip(range(0, 8, 2), held, strict=True):
+        assert torch.equal(batch["image"], other.__getitems__([first, first + 1])["image"])
+    assert torch.equal(part, wanted) and torch.equal(again, other.__getitems__([20, 21])["image"])
+
+
 def test_16_bits_stay_16_bits(tmp_path):
     root = make_chexpert(tmp_path / "CheXpert-v1.0", rows=6, valid=2, laterals=False, suffix=".png")
     deep = {}
