@@ -328,9 +328,9 @@ class Trainer:
         sampler = EvalSampler(samples, engine.rank, engine.world, self.cfg.validate.batch or engine.micro_batch)
         data = self.cfg.data
         kind: WorkerKind = "processes" if self.worker_kind == "processes" else "auto"
-        return predict(
-            engine, self.normalize, batches(make_loader(self.valid, sampler, data.workers, kind, data.prefetch_mb))
-        )
+        stream = batches(make_loader(self.valid, sampler, data.workers, kind, data.prefetch_mb))
+        with closing(stream):  # type: ignore[type-var]
+            return predict(engine, self.normalize, stream)
 
     def _save_due(self, step: int) -> bool:
         """The same answer on every rank. Minutes are rank 0's, and asked for where the host waits anyway."""
