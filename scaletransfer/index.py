@@ -107,7 +107,8 @@ class ShardIndex:
             dtype = table_dtype(self.task, len(self.label_names))
             table = open_table(path, info.table_sha256, info.samples, dtype)
             sizes = [shard.bytes for shard in info.shards]
-            problem = table_problem(table, sizes, len(self.views), len(self.label_names))
+            samples = [shard.samples for shard in info.shards]
+            problem = table_problem(table, sizes, len(self.views), len(self.label_names), samples)
             if problem:
                 raise ValueError(f"{path}: {problem}; make the folder again with make_shards --overwrite")
             self._tables[split] = table

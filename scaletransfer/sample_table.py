@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOKEN_SEPARATOR = "|"
+_ROWS = 1 << 20  # that are looked at together
 _TAR_BLOCK = 512  # bytes; at least one of them, the image's header, stands before it
 STATE_NAMES = ("positive", "negative", "uncertain", "not_mentioned")  # of the values 1, 0, -1, -2
 
@@ -82,12 +83,33 @@ def open_table(path: Path, sha256: str, rows: int, dtype: np.dtype[Any]) -> NDAr
     return table
 
 
-def table_problem(table: NDArray[Any], shard_bytes: Sequence[int], views: int, classes: int) -> str:
+def table_problem(
+    table: NDArray[Any], shard_bytes: Sequence[int], views: int, classes: int, shard_samples: Sequence[int] = ()
+) -> str:
     """What in a sample table contradicts its index, in words; "" if nothing does.
 
-    shard_bytes: size of each shard; views: number of view names; classes: number of class names.
+    shard_bytes: size of each shard; views: number of view names; classes: number of class names; shard_samples: samples
+    of each shard, whose rows have to stand together in their order.
     """
     lengths = np.asarray(shard_bytes, dtype=np.int64)
+    counts = np.zeros(len(lengths), dtype=np.int64)
+    last = 0
+    for start in range(0, len(table), _ROWS):  # what is compared takes more memory than the rows do
+        rows = table[start : start + _ROWS]
+        problem = _rows_problem(rows, lengths, views, classes)
+        if problem:
+            return problem
+        shard = rows["shard"]
+        if shard_samples and (shard[0] < last or np.any(shard[1:] < shard[:-1])):
+            return "the rows are not in the order of the shards"
+        last = int(shard[-1])
+        counts += np.bincount(shard, minlength=len(lengths))
+    if shard_samples and counts.tolist() != list(shard_samples):
+        return "a shard has another number of rows than index.json says"
+    return ""
+
+
+def _rows_problem(table: NDArray[Any], lengths: NDArray[np.int64], views: int, classes: int) -> str:
     shard, offset, size = table["shard"], table["offset"], table["size"]
     if np.any((shard < 0) | (shard >= len(lengths))):
         return "a row names a shard that does not exist"

@@ -203,6 +203,7 @@ def test_a_pickle_in_place_of_the_table_does_not_run(folder, tmp_path, monkeypat
     [
         ("shard", 99, "a shard that does not exist"),
         ("shard", -1, "a shard that does not exist"),
+        ("shard", 1, "not in the order of the shards|another number of rows"),
         ("offset", -5, "outside its shard"),
         ("offset", 511, "outside its shard"),  # the header before it
         ("size", 2**63 - 1, "outside its shard"),
