@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from bench.conductor import Program, run
 from bench.line_up import line_up
 from bench.loader import main
 from bench.peer_environments import missing
-from bench.resume import many_samples
+from bench.resume import A_SHARD, many_samples
 
 from scaletransfer.index import load_index
 
@@ -134,16 +135,21 @@ def test_our_lines_and_the_decoder_run(small, tmp_path):
 
 
 @pytest.mark.engine
-def test_a_fresh_process_resumes_without_decoding_what_was_seen(small, tmp_path):
-    folder = many_samples(small, 20_000, tmp_path / "many")
+@pytest.mark.parametrize(
+    ("samples", "step"), [(20_000, 200), pytest.param(10_000_000, 100_000, marks=pytest.mark.slow)]
+)
+def test_a_fresh_process_resumes_without_decoding_what_was_seen(small, tmp_path, samples, step):
+    """Index and table opened from files; ten million samples in under five seconds, imports included."""
+    folder, seen = many_samples(small, samples, tmp_path / "many"), 64 * step
     index = load_index(folder)
-    assert index.splits["train"].samples == 20_000 and len(index.splits["train"].shards) == 5
-    settings = {"shards": str(folder), "kind": "xray", "augment": "crop", "size": 224, "seen": 12_800, "batch": 64}
-    text = json.dumps({**settings, "workers": 2, "started": 0})
+    assert index.splits["train"].samples == samples and len(index.splits["train"].shards) == -(-samples // A_SHARD)
+    settings = {"shards": str(folder), "kind": "xray", "augment": "crop", "size": 224, "seen": seen, "batch": 64}
+    text = json.dumps({**settings, "workers": 2, "started": time.time()})
     command = [sys.executable, str(REPOSITORY / "tools" / "bench" / "resume_ours.py"), text]
     environment = {"PYTHONPATH": f"{REPOSITORY / 'tools'}:{REPOSITORY}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["first_position"] == 12_800 and found["decoded_seen"] == 0
+    assert found["first_position"] == seen and found["decoded_seen"] == 0
+    assert samples < 10_000_000 or found["ready"] < 5
     assert 64 <= found["decoded"] <= 64 * 9
