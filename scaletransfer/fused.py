@@ -6,20 +6,23 @@ everything unusual, and the tests compare the two. Where they differ:
 - A JPEG of which the used part still has at least twice the wanted side when it is decoded at 1/2, 1/4 or 1/8 is
   decoded at that scale, by the inverse DCT of fewer coefficients. Other scales that the library offers are slower and
   visibly worse.
-- What has n times the wanted side is first reduced to 1/n, each pixel the mean of its block. The rest, a ratio below
-  2, is one bilinear resampling: at most four neighbours, where Pillow and torchvision widen the filter with the ratio.
-  Evaluation of X-rays that have less than twice the wanted side takes the mean over the exact area instead.
+- What has n times the wanted side is first reduced to 1/n, each pixel the mean of its block (n a multiple of that part,
+  so that the result is the same without it). The rest, a ratio below 2, is one bilinear resampling: at most four
+  neighbours, where Pillow and torchvision widen the filter with the ratio. Evaluation of X-rays that have less than
+  twice the wanted side takes the mean over the exact area instead.
 
 Nothing here draws: ``uniforms`` are numbers in [0, 1) that belong to the sample's position (``order.sample_uniforms``).
-Every function may run in several threads; cv2 and simplejpeg release the interpreter's lock.
+Every function may run in several threads; cv2 and simplejpeg release the interpreter's lock. What lies between the
+steps is in memory that a thread uses again: new pages for each image would cost a tenth of its time.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -87,23 +90,32 @@ class Fused:
         if how.depth == 16 and self.channels == 3:
             raise ValueError(DEEP_COLOUR)
         sides = plain_jpeg_size(data)
-        scale = 1
         if sides is not None:
             box = self.geometry.used(*sides, uniforms)
-            short = min(box.height, box.width)
-            scale = next((s for s in SCALES if short >= 2 * s * self.size), 1)
-        pixels = decode_at(data, self.channels, how, scale)
-        height, width = pixels.shape[:2]
-        if sides is None:
+            part_of = self._scale(box)
+            height, width = (-(-side // part_of) for side in sides)
+            memory = _memory("decoded", (height, width, self.channels), np.uint8)
+            pixels = decode_at(data, self.channels, how, part_of, memory)
+            scale = part_of
+        else:
+            pixels = decode_at(data, self.channels, how)
+            height, width = pixels.shape[:2]
             box = self.geometry.used(height, width, uniforms)
+            part_of, scale = self._scale(box), 1
         part, exact = _cut(pixels, box, scale)
-        part, exact = _reduced(part, exact, box.height // self.size / scale, box.width // self.size / scale)
+        # whole blocks of what is decoded at that part, also where it was not
+        down, across = (max(1, int(side // (part_of * self.size))) for side in (box.height, box.width))
+        part, exact = _reduced(part, exact, down * part_of // scale, across * part_of // scale)
         if self.channels == 1:
             self.geometry.resample(part, exact, uniforms, out[0])
             return
-        whole = np.empty((self.size, self.size, 3), dtype=out.dtype)
+        whole = _memory("whole", (self.size, self.size, 3), out.dtype)
         self.geometry.resample(part, exact, uniforms, whole)
         cv2.split(whole, list(out))
+
+    def _scale(self, box: Box) -> int:
+        """The part of its size, as a divisor, that is enough for this box."""
+        return next((s for s in SCALES if min(box.height, box.width) >= 2 * s * self.size), 1)
 
 
 def build_fused(
@@ -199,7 +211,7 @@ class RandomCrop:
         if box != Box(0, 0, *part.shape[:2]):
             _warp(part, box, (-1.0 if turned else 1.0, 0.0, 0.0, 1.0), (0.0, 0.0), out, cv2.BORDER_REPLICATE)
             return
-        straight = np.empty_like(out) if turned else out
+        straight = _memory("straight", out.shape, out.dtype) if turned else out
         _in_place(cv2.resize, part, (self.size, self.size), straight, interpolation=cv2.INTER_LINEAR)
         if turned:
             _in_place(cv2.flip, straight, 1, out)
@@ -215,20 +227,16 @@ def _cut(pixels: np.ndarray, box: Box, scale: int) -> tuple[np.ndarray, Box]:
     return part, Box(top, left, box.height / scale, box.width / scale)
 
 
-def _reduced(part: np.ndarray, box: Box, down: float, across: float) -> tuple[np.ndarray, Box]:
+def _reduced(part: np.ndarray, box: Box, down: int, across: int) -> tuple[np.ndarray, Box]:
     """The mean of blocks of down x across pixels, where that is more than one pixel, and the box in it."""
-    down, across = max(1.0, down), max(1.0, across)
     if down == across == 1:
         return part, box
-    top = left = 0
-    rows, columns = max(1, round(part.shape[0] / down)), max(1, round(part.shape[1] / across))
-    if down.is_integer() and across.is_integer():
-        # whole blocks are ten times as fast; what is left over is less than one, and is cut on both sides alike
-        rows, columns = part.shape[0] // int(down), part.shape[1] // int(across)
-        top, left = (part.shape[0] - rows * int(down)) // 2, (part.shape[1] - columns * int(across)) // 2
-        part = part[top : top + rows * int(down), left : left + columns * int(across)]
-    down, across = part.shape[0] / rows, part.shape[1] / columns
-    small = cv2.resize(part, (columns, rows), interpolation=cv2.INTER_AREA)
+    rows, columns = part.shape[0] // down, part.shape[1] // across
+    # what is left over is less than a block, and is cut on both sides alike
+    top, left = (part.shape[0] - rows * down) // 2, (part.shape[1] - columns * across) // 2
+    even = part[top : top + rows * down, left : left + columns * across]
+    small = _memory("reduced", (rows, columns, *part.shape[2:]), part.dtype)
+    _in_place(cv2.resize, even, (columns, rows), small, interpolation=cv2.INTER_AREA)
     return small, Box((box.top - top) / down, (box.left - left) / across, box.height / down, box.width / across)
 
 
@@ -250,9 +258,40 @@ def _warp(
     # Pixel i reaches from i to i + 1; cv2 counts from its centre.
     x, y = 0.5 - size / 2 - shift[0], 0.5 - size / 2 - shift[1]
     middle_x, middle_y = box.left + box.width / 2 - 0.5, box.top + box.height / 2 - 0.5
-    affine = np.array([[xx, xy, middle_x + xx * x + xy * y], [yx, yy, middle_y + yx * x + yy * y]])
+    first_x, first_y = middle_x + xx * x + xy * y, middle_y + yx * x + yy * y
+    # cv2 is half again as fast where it need not think of the border: what lies beyond it is laid out before
+    last = size - 1
+    left = max(0, 1 - math.floor(first_x + last * (min(0.0, xx) + min(0.0, xy))))
+    top = max(0, 1 - math.floor(first_y + last * (min(0.0, yx) + min(0.0, yy))))
+    right = max(0, math.ceil(first_x + last * (max(0.0, xx) + max(0.0, xy))) + 2 - part.shape[1])
+    bottom = max(0, math.ceil(first_y + last * (max(0.0, yx) + max(0.0, yy))) + 2 - part.shape[0])
+    if left or top or right or bottom:
+        shape = (part.shape[0] + top + bottom, part.shape[1] + left + right, *part.shape[2:])
+        wide = _memory("wide", shape, part.dtype)
+        result = cv2.copyMakeBorder(part, top, bottom, left, right, border, wide)
+        assert np.shares_memory(result, wide), "cv2 wrote elsewhere"
+        part, first_x, first_y = wide, first_x + left, first_y + top
+    affine = np.array([[xx, xy, first_x], [yx, yy, first_y]])
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    _in_place(cv2.warpAffine, part, affine, (size, size), out, flags=how, borderMode=border)
+    _in_place(cv2.warpAffine, part, affine, (size, size), out, flags=how, borderMode=cv2.BORDER_CONSTANT)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.held: dict[str, np.ndarray] = {}
+
+
+_scratch = _Scratch()
+
+
+def _memory(name: str, shape: tuple[int, ...], dtype: np.dtype[Any] | type[np.generic]) -> np.ndarray:
+    """An array without content, in memory of this thread that the next call with this name uses again."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    held = _scratch.held.get(name)
+    # much too large is no good either: one huge image must not hold its memory for ever
+    if held is None or held.nbytes < size or held.nbytes > max(1 << 22, 8 * size):
+        held = _scratch.held[name] = np.empty(size + size // 4, np.uint8)
+    return held[:size].view(dtype).reshape(shape)
 
 
 def _in_place(function: Callable[..., np.ndarray], *arguments: object, **options: object) -> None:

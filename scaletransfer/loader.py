@@ -29,7 +29,7 @@ from scaletransfer.fused import Fused
 from scaletransfer.index import ShardIndex
 from scaletransfer.losses import UNKNOWN_CLASS
 from scaletransfer.order import Positions, rank_positions, sample_seed, sample_uniforms
-from scaletransfer.shard_reader import ShardReader, image_place, read_view
+from scaletransfer.shard_reader import Entry, ShardReader, entries_of, image_place, read_view
 from scaletransfer.storage_errors import StorageError
 from scaletransfer.storage_settings import RemoteSettings
 from scaletransfer.transforms import seeded
@@ -112,6 +112,8 @@ class Pending:
     positions: list[int]
     where: list[tuple[int, int]]
     """(source, table row) of each sample."""
+    entries: list[Entry | None]
+    """What the row says, all there when the batch is begun."""
     target: np.ndarray
     key: np.ndarray
     image: Tensor | None
@@ -209,6 +211,7 @@ class ShardDataset(Dataset[Batch]):
         source, row = self.locate(where)
         key = np.empty(len(where), dtype=np.int64)
         target: np.ndarray | None = None
+        entries: list[Entry | None] = [None] * len(where)
         for number, chosen in enumerate(self.sources):
             mine = np.flatnonzero(source == number)
             if len(mine) == 0:
@@ -217,11 +220,15 @@ class ShardDataset(Dataset[Batch]):
             if target is None:
                 target = np.empty((len(where), *values.shape[1:]), dtype=values.dtype)
             target[mine] = values
-            key[mine] = chosen.index.table(chosen.split)["key"][row[mine]].view(np.int64)
+            rows = chosen.index.table(chosen.split)[row[mine]]
+            key[mine] = rows["key"].view(np.int64)
+            for place, entry in zip(mine.tolist(), entries_of(rows), strict=True):
+                entries[place] = entry
         assert target is not None
         pending = Pending(
             positions=where.tolist(),
             where=list(zip(source.tolist(), row.tolist(), strict=True)),
+            entries=entries,
             target=target,
             key=key,
             image=None,
@@ -261,7 +268,7 @@ class ShardDataset(Dataset[Batch]):
         which, row = pending.where[number]
         source = self.sources[which]
         try:
-            data = self._read(source, row)
+            data = self._read(source, row, pending.entries[number])
             pending.sizes[number] = len(data)
             self._decode(pending, number, source, row, data)
         except StorageError:
@@ -293,10 +300,10 @@ class ShardDataset(Dataset[Batch]):
         with seeded(sample_seed(self.seed, position)):
             pending.loose[number] = self.transform(planes).numpy()
 
-    def _read(self, source: Source, row: int) -> bytes | memoryview:
+    def _read(self, source: Source, row: int, entry: Entry | None) -> bytes | memoryview:
         """The bytes of an image file; ValueError, naming the shard and the offset, where they cannot be had."""
         try:
-            return read_view(self.reader, source.index, source.split, row)
+            return read_view(self.reader, source.index, source.split, row, entry)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             where = image_place(source.index, source.split, row)

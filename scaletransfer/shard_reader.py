@@ -14,7 +14,9 @@ import weakref
 import zlib
 from collections import OrderedDict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from scaletransfer import image_files, storage
 from scaletransfer.foreign_members import Naming, OtherMember, is_foreign, read_member
@@ -58,6 +60,7 @@ class ShardReader:
     def _start(self) -> None:
         self.counters = ReadCounters()
         self._lock = threading.Lock()
+        self._local = threading.local()
         self._files: OrderedDict[str, _File] = OrderedDict()
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = _OPEN_FILES if allowed < 0 else max(1, min(_OPEN_FILES, allowed // _SHARE))
@@ -88,6 +91,10 @@ class ShardReader:
             ValueError: the file is shorter (`why` ends the sentence), or what `storage` and `shard_cache` raise.
             FileNotFoundError: a file on a disk is gone.
         """
+        return bytes(self.view(place, offset, size, why))
+
+    def view(self, place: str, offset: int, size: int, why: str = _CUT_SHARD) -> memoryview:
+        """`read` without new memory: what it gives is overwritten by the next call in the same thread."""
         with self._lock:
             file = self._files.get(place)
             if file is not None:
@@ -95,17 +102,18 @@ class ShardReader:
                 file.users += 1
         if file is None:
             file = self._open(place)
-        data = b""
         if file is None:
-            data = storage.read_range(place, offset, size, self.remote, self.counters)
+            data = memoryview(storage.read_range(place, offset, size, self.remote, self.counters))
             with self._lock:
                 self.counters.bytes_read += len(data)
         else:
+            data, done = self._memory(size), 0
             try:
-                data = os.pread(file.handle, size, offset)
+                done = os.preadv(file.handle, [data], offset)
+                data = data[:done]
             finally:
                 with self._lock:
-                    self.counters.bytes_read += len(data)
+                    self.counters.bytes_read += done
                     file.users -= 1
                     if not file.users and not file.kept:
                         os.close(file.handle)
@@ -113,6 +121,14 @@ class ShardReader:
             where = shown(place)
             raise ValueError(f"{where} ends inside an image (offset {offset}, {len(data)} of {size} bytes): {why}")
         return data
+
+    def _memory(self, size: int) -> memoryview:
+        """Memory of this thread: new pages for each image cost several times what copying it does."""
+        held: bytearray | None = getattr(self._local, "held", None)
+        # much too large is no good either: one huge image must not hold its memory for ever
+        if held is None or len(held) < size or len(held) > max(1 << 22, 8 * size):
+            held = self._local.held = bytearray(size + size // 4)
+        return memoryview(held)[:size]
 
     def _open(self, place: str) -> _File | None:
         """The file, in use once by the caller; None for a URL that is to be read by ranges."""
@@ -168,39 +184,57 @@ def read_image(reader: ShardReader, index: ShardIndex, split: str, row: int) -> 
     return bytes(read_view(reader, index, split, row))
 
 
-def read_view(reader: ShardReader, index: ShardIndex, split: str, row: int) -> bytes | memoryview:
-    """The bytes of the image file of one table row, without a copy of what was read.
+class Entry(NamedTuple):
+    """What a row of a sample table says of where an image is, and of its bytes; see `ShardIndex.table`."""
+
+    shard: int
+    offset: int
+    size: int
+    key: int
+    crc: int
+
+
+def entries_of(rows: NDArray[Any]) -> list[Entry]:
+    """The entries of rows of a sample table."""
+    return list(map(Entry, *(rows[name].tolist() for name in Entry._fields)))
+
+
+def read_view(
+    reader: ShardReader, index: ShardIndex, split: str, row: int, entry: Entry | None = None
+) -> bytes | memoryview:
+    """The bytes of the image file of one table row; overwritten by the next call in the same thread.
+
+    entry: that of the row, where it is at hand: looking up one row alone takes longer than reading from memory does.
 
     Raises:
         ValueError: the file is shorter than the index says, or a shard holds something else there; what `storage`
             and `shard_cache` raise for a URL.
         FileNotFoundError: the file is gone.
     """
-    entry = index.table(split)[row]
-    shard, offset, size = int(entry["shard"]), int(entry["offset"]), int(entry["size"])
+    shard, offset, size, key, crc = entry or entries_of(index.table(split)[row : row + 1])[0]
     place = index.place(split, shard)
     if index.in_memory:
         if INSIDE in (name := index.splits[split].shards[shard].file):
             return image_files.read_image(index.folder, name)
-        return reader.read(place, offset, size, "it was changed after it was listed")
+        return reader.view(place, offset, size, "it was changed after it was listed")
     if index.url and (index.digest, split) not in reader._splits:
         reader.expect(index, split)
     if is_foreign(index.encoder):
         naming, file = Naming.of(index.encoder), index.splits[split].shards[shard].file
         try:
-            return read_member(partial(reader.read, place), naming, file, int(entry["key"]), offset, size)
+            return read_member(partial(reader.read, place), naming, file, key, offset, size)
         except OtherMember as error:
             raise ValueError(f"{shown(place)}: {error}") from None
     # The tar header before the image names the sample: another data set's shard may well have the same size.
-    data = reader.read(place, offset - _TAR_BLOCK, size + _TAR_BLOCK)
-    wanted = f"{index.source}-{int(entry['key']):016x}.{index.image.extension}"
-    if data[:100].split(b"\0", 1)[0] != wanted.encode():
+    data = reader.view(place, offset - _TAR_BLOCK, size + _TAR_BLOCK)
+    wanted = f"{index.source}-{key:016x}.{index.image.extension}"
+    if not bytes(data[:100]).startswith(wanted.encode() + b"\0"):
         raise ValueError(
             f"{shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
             "or was changed; make the folder again with make_shards --overwrite"
         )
-    image = memoryview(data)[_TAR_BLOCK:]
-    if (crc := int(entry["crc"])) and zlib.crc32(image) != crc:
+    image = data[_TAR_BLOCK:]
+    if crc and zlib.crc32(image) != crc:
         raise ValueError(
             f"{image_place(index, split, row)} is damaged (its CRC-32 differs from the sample table's): copy the shard "
             "again, or mend it with `scaletransfer shards verify --repair`"

@@ -191,13 +191,13 @@ def test_resharding_keeps_the_samples(folders):
 def test_each_rank_reads_its_share_of_the_bytes(folders, monkeypatch, world):
     """What a rank asks the operating system for in an epoch, against 1.2 / world of the epoch's bytes."""
     asked = [0]
-    original = os.pread
+    original = os.preadv
 
-    def pread(handle: int, size: int, offset: int) -> bytes:
-        asked[0] += size
-        return original(handle, size, offset)
+    def preadv(handle: int, memory: list[memoryview], offset: int) -> int:
+        asked[0] += sum(map(len, memory))
+        return original(handle, memory, offset)
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
     total = []
     for rank in range(world):
         data = open_dataset([folders["sevens"]], 12, (None,))

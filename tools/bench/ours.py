@@ -106,10 +106,10 @@ def _transform(settings: Settings) -> Fused:
 def _read_only(data: ShardDataset, sampler: StepSampler) -> Iterator[np.ndarray]:
     """Every image of a batch is read and dropped; what comes out has only its length."""
     for positions in sampler:
-        source, row = data.locate(np.asarray(positions))
-        for number, line in zip(source.tolist(), row.tolist(), strict=True):
+        pending = data.begin(positions)
+        for (number, line), entry in zip(pending.where, pending.entries, strict=True):
             chosen = data.sources[number]
-            read_view(data.reader, chosen.index, chosen.split, line)
+            read_view(data.reader, chosen.index, chosen.split, line, entry)
         yield np.empty(len(positions), np.uint8)
 
 
