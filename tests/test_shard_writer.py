@@ -79,7 +79,7 @@ def test_what_is_divided_is_all_there_in_order(sizes, workers):
     if workers == 1:
         assert work == tasks
     else:  # whole shards come first, and enough is left for the others while the last of them is written
-        assert whole[: len(tasks) - workers] == tasks[: max(0, len(tasks) - workers)]
+        assert whole[: max(0, len(tasks) - workers)] == tasks[: max(0, len(tasks) - workers)]
 
 
 def test_one_shard_occupies_all_workers():
