@@ -13,7 +13,7 @@ An image is read by (shard, offset, size) from the sample table: one read, nothi
 from __future__ import annotations
 
 import math
-import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,7 +170,7 @@ class ShardDataset(Dataset[Batch]):
         self._decoding = [self._decoding_of(source.index) for source in self.sources]
         self._starts = np.concatenate([[0], np.cumsum([len(s.index.table(s.split)) for s in self.sources])])
         self._counters, self._counted = self.reader.counters, np.zeros(4, dtype=np.int64)
-        self._batches: list[np.ndarray] = []
+        self._spare: list[np.ndarray] = []
 
     def _decoding_of(self, index: ShardIndex) -> Decoding:
         image = index.image
@@ -251,13 +251,14 @@ class ShardDataset(Dataset[Batch]):
 
     def _memory(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
         """Memory for a batch: of one that nobody holds any more, so that its pages need not be made again."""
-        for pixels in self._batches:
-            # held by the list, by `pixels` and by the call alone: a tensor of it would be one more
-            if sys.getrefcount(pixels) == 3 and pixels.shape == shape and pixels.dtype == dtype:
-                return pixels
-        self._batches = [pixels for pixels in self._batches if pixels.shape == shape]
-        self._batches.append(np.empty(shape, dtype))
-        return self._batches[-1]
+        spare = self._spare
+        while spare and (spare[-1].shape != shape or spare[-1].dtype != dtype):
+            spare.pop()
+        whole = spare.pop() if spare else np.empty(shape, dtype)
+        lent = whole.view()
+        # a tensor of it, and every view of that tensor, holds this very object: it is gone when the last of them is
+        weakref.finalize(lent, spare.append, whole).atexit = False
+        return lent
 
     def load(self, pending: Pending, number: int) -> None:
         """Read and decode sample ``number`` of a batch into it; several threads may do this at once.
