@@ -57,7 +57,7 @@ def index_tars(
 
     splits: split -> names of its tars.  out: another folder for the index; the tars are linked there (symbolic links).
     pixel_max: the largest value of 16-bit images; 0: as found in some.  workers: processes, a tar each.
-    progress: called with numbers of tars.  Memory: 40 bytes a sample, and its labels.
+    progress: called with numbers of tars.  Memory: 44 bytes a sample, and its labels.
 
     Raises ValueError, in one sentence with shard, member and offset, for a tar that `tars` refuses, a sample without
     image or label (unless left out), with two images, or with the key of another, an image that is none, and labels
@@ -142,7 +142,7 @@ def check_indexed(folder: str | os.PathLike[str], data_format: str) -> None:
 def _table(found: Sequence[tuple[str, Shard]], task: str, names: Sequence[str]) -> NDArray[Any]:
     table = np.zeros(sum(len(shard.offsets) for _, shard in found), table_dtype(task, len(names)))
     table["shard"] = np.repeat(np.arange(len(found)), [len(shard.offsets) for _, shard in found])
-    for column, values in (("offset", "offsets"), ("size", "sizes"), ("key", "numbers")):
+    for column, values in (("offset", "offsets"), ("size", "sizes"), ("key", "numbers"), ("crc", "sums")):
         table[column] = np.concatenate([np.array(getattr(shard, values), table[column].dtype) for _, shard in found])
     table["patient"] = table["view"] = -1
     return table
@@ -181,7 +181,7 @@ def _check_keys(
         shown = file.read(100).split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
     raise ValueError(
         f"{second}: the sample of the member {shown!r} at byte {then} has the name of another one, in {first} at byte "
-        f"{at}, and {len(twice)} samples in all are so; take copies out, or give --keys-of-shard where names begin "
+        f"{at}, and {len(twice)} sample(s) in all are so; take copies out, or give --keys-of-shard where names begin "
         "anew in each tar"
     )
 

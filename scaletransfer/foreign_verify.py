@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ def foreign_problems(
 ) -> list[str]:
     """What is wrong with the images of the tar `path`, one sentence each.
 
-    rows: of its samples in the table.  The header before each image must name the sample; with `decode` every image is
-    decoded completely.  Labels are not read again: tar and table have a hash each in the index.
+    rows: of its samples in the table.  The header before each image must name the sample, and the image have its
+    CRC-32; with `decode` every image is decoded completely.  Labels are not read again: tar and table have a hash each
+    in the index.
     """
     try:
         naming = Naming.of(index.encoder)
@@ -48,6 +50,8 @@ def foreign_problems(
                 problems.append(f"{path}: {error}")
             else:
                 problem = _image_problem(index, data) if decode else ""
+                if not problem and row["crc"] not in (0, zlib.crc32(data)):
+                    problem = "the image does not have the CRC-32 of the table"
                 if problem:
                     problems.append(f"{path} at byte {offset}: {problem}")
             progress(1)

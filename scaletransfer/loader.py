@@ -100,7 +100,7 @@ def target_names(
     if expected is not None and tuple(expected) != tuple(names):
         raise ValueError(
             f"data.expect_labels is {list(expected)} but the shards give {list(names)}: these are the shards of "
-            "another data set, or the label policy differs"
+            "another data set, or the label policy differs; if they are meant, set data.expect_labels to null"
         )
     return tuple(names)
 

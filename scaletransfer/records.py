@@ -17,7 +17,7 @@ import numpy as np
 
 from scaletransfer import keys as sample_keys
 from scaletransfer.dicom import HEAD, DicomError, PydicomMissing, is_dicom, read_header
-from scaletransfer.image_files import image_size, open_image, read_image
+from scaletransfer.image_files import INSIDE, image_size, open_image, read_image
 from scaletransfer.pixel_range import WHITE16, declared_white, full_range
 
 _PROBE_THREADS = 16
@@ -151,7 +151,8 @@ def probe_images(root: Path, records: Sequence[RecordLike], probes: int = 2048) 
         warnings.simplefilter("ignore")  # half of Pillow's limit of pixels gives a warning only
         modes = list(pool.map(lambda record: _mode(root, record), chosen))
         if "" in modes:
-            raise ValueError(f"{root / chosen[modes.index('')].image} is not an image that can be read; replace it")
+            where = f"{root / chosen[modes.index('')].image.replace(INSIDE, ': ')}"
+            raise ValueError(f"{where} is not an image that can be read; replace it")
         deep = [record for record, mode in zip(chosen, modes, strict=True) if mode.startswith("I")]
         step = max(1.0, len(deep) / _RANGE_PROBES)
         deep = [deep[int(number * step)] for number in range(min(len(deep), _RANGE_PROBES))]

@@ -30,6 +30,7 @@ from scaletransfer.storage_settings import ReadCounters, RemoteSettings
 _OPEN_FILES = 64
 _SHARE = 8  # a reader keeps at most one in so many of the descriptors that a process may have: others need some too
 _TAR_BLOCK = 512
+_REGULAR = ord("0")  # type of a regular file in a tar header
 _CUT_SHARD = "it is truncated, make the shards again"
 _readers: weakref.WeakSet[ShardReader] = weakref.WeakSet()
 
@@ -222,24 +223,32 @@ def read_view(
     if is_foreign(index.encoder):
         naming, file = Naming.of(index.encoder), index.splits[split].shards[shard].file
         try:
-            return read_member(partial(reader.read, place), naming, file, key, offset, size)
+            member = read_member(partial(reader.read, place), naming, file, key, offset, size)
         except OtherMember as error:
             raise ValueError(f"{shown(place)}: {error}") from None
+        if crc and zlib.crc32(member) != crc:
+            mend = "or, if it was changed on purpose, index the tars again: scaletransfer shards index DIR --overwrite"
+            raise ValueError(f"{_damaged(index, split, row)} again, {mend}")
+        return member
     # The tar header before the image names the sample: another data set's shard may well have the same size.
     data = reader.view(place, offset - _TAR_BLOCK, size + _TAR_BLOCK)
     wanted = f"{index.source}-{key:016x}.{index.image.extension}"
-    if not bytes(data[:100]).startswith(wanted.encode() + b"\0"):
+    head = bytes(data[:157])
+    # A link or device, or another size, is no image by that name, whatever bytes follow.
+    if not head.startswith(wanted.encode() + b"\0") or head[124:135] != b"%011o" % size or head[156] != _REGULAR:
         raise ValueError(
             f"{shown(place)} does not hold {wanted} at offset {offset}: it is the shard of another data set, "
             "or was changed; make the folder again with make_shards --overwrite"
         )
     image = data[_TAR_BLOCK:]
     if crc and zlib.crc32(image) != crc:
-        raise ValueError(
-            f"{image_place(index, split, row)} is damaged (its CRC-32 differs from the sample table's): copy the shard "
-            "again, or mend it with `scaletransfer shards verify --repair`"
-        )
+        raise ValueError(f"{_damaged(index, split, row)} again, or mend it with `scaletransfer shards verify --repair`")
     return image
+
+
+def _damaged(index: ShardIndex, split: str, row: int) -> str:
+    where = image_place(index, split, row)
+    return f"{where} is damaged (its CRC-32 differs from the sample table's): copy the shard"
 
 
 def image_place(index: ShardIndex, split: str, row: int) -> str:

@@ -238,6 +238,28 @@ def test_a_tar_of_the_same_size_with_other_content_is_noticed(tmp_path):
     assert images_of(index) == [picture(number) for number in range(5)]
 
 
+def test_an_image_that_is_none_is_named_by_tar_and_byte(tmp_path):
+    tar = write_tar(tmp_path / "t" / "a.tar", [("x.jpg", b"no image"), ("x.cls", b"1")]) / "a.tar"
+    assert f"{tar}: the image at byte 512 is not an image that can be read" in refused(tar.parent)
+
+
+def test_a_flipped_byte_of_an_image_is_noticed(tmp_path, capsys):
+    """Also where the header is as it was and a decoder would not mind: the CRC-32 was taken when it was indexed."""
+    folder = write_cls(tmp_path / "a", "train", 5)
+    index = index_of(folder)
+    row = index.table("train")[2]
+    place, path = int(row["offset"]), folder / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[place + int(row["size"]) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=rf"train-000000\.tar at offset {place} is damaged .* shards index DIR --overwrite"
+    ):
+        images_of(index)
+    assert shards_main(["verify", "--no-decode", str(folder)]) == 1
+    assert f"train-000000.tar at byte {place}: the image does not have the CRC-32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mode", ["range", "cache"])
 def test_tars_behind_a_url(tmp_path, mode):
     """Long names as well, whose headers are asked for apart."""

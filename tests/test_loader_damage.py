@@ -53,7 +53,7 @@ def read_all(index: ShardIndex, workers: int, kind="auto") -> None:
 
 
 def without_sums(folder: Path) -> None:
-    """Let the sample tables say that no CRC-32 is known, as those of other people's tars do."""
+    """Let the sample tables say that no CRC-32 is known."""
     content = json.loads((folder / "index.json").read_text())
     for split in content["splits"].values():
         table = np.load(folder / split["table"], allow_pickle=False)
@@ -113,6 +113,23 @@ def test_a_flipped_bit_of_an_image(folder, workers, kind, place):
         read_all(index, workers, kind)
     text = sentence(caught)
     assert index.keys("train", [17])[0] in text and str(path) in text and f"offset {int(row['offset'])}" in text
+
+
+@pytest.mark.parametrize(
+    ("at", "to"),
+    [(156, b"2"), (156, b"3"), (156, b"1"), (124, b"70000000000"), (0, b"../x.jpg\0"), (0, b"/tmp/x.jpg\0")],
+)
+def test_a_header_that_names_no_image_of_that_size_inside_the_folder(folder, at, to):
+    """A link, a device, a size of 7 GB, a name that leaves the folder: refused though the image's bytes are right."""
+    index = load_index(folder)
+    row = index.table("train")[0]
+    path = folder / index.splits["train"].shards[int(row["shard"])].file
+    with path.open("r+b") as file:
+        file.seek(int(row["offset"]) - 512 + at)
+        file.write(to)
+    with pytest.raises(ValueError, match="does not hold") as caught:
+        read_all(index, 0)
+    assert f"{path} does not hold" in sentence(caught) and f"at offset {int(row['offset'])}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("workers", "kind"), WORKERS)
