@@ -51,16 +51,20 @@ def test_threads_hold_no_more_than_is_allowed(index, allowed, most, monkeypatch)
 
 
 def counted() -> tuple[int, int]:
-    """Threads and child processes that this process has."""
-    return threading.active_count(), len(multiprocessing.active_children())
+    """Threads of loaders, and child processes: other tests of this process may leave threads that end when they like."""
+    names = ("read-and-decode", "QueueFeeder")
+    threads = sum(thread.name.startswith(names) for thread in threading.enumerate())
+    return threads, len(multiprocessing.active_children())
 
 
 def soon(expected: tuple[int, int]) -> bool:
-    """A queue's own thread ends just after its process."""
-    end = time.monotonic() + 5
-    while counted() != expected and time.monotonic() < end:
-        time.sleep(0.01)
-    return counted() == expected
+    """Whether no more of either are left, in a moment."""
+    end = time.monotonic() + 10
+    while any(now > before for now, before in zip(counted(), expected, strict=True)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
@@ -75,7 +79,7 @@ def test_a_consumer_that_stops_leaves_nothing_behind(index, kind):
         stream.close()
         assert soon(before)
         opened.append(len(os.listdir("/proc/self/fd")))
-    assert len(set(opened[1:])) == 1
+    assert opened[-1] <= opened[1]
 
     def fails() -> None:
         for _ in batches(make_loader(data, sampler(200), 2, kind)):
