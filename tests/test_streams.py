@@ -51,7 +51,7 @@ def test_threads_hold_no_more_than_is_allowed(index, allowed, most, monkeypatch)
 
 
 def counted() -> tuple[int, int]:
-    """Threads of loaders, and child processes. Other tests of this process may leave threads that end when they like."""
+    """Threads of loaders, and child processes: other threads of this process end when they like."""
     names = ("read-and-decode", "QueueFeeder")
     threads = sum(thread.name.startswith(names) for thread in threading.enumerate())
     return threads, len(multiprocessing.active_children())
