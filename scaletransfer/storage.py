@@ -146,11 +146,6 @@ def sizes_of(url: str, names: Sequence[str], remote: RemoteSettings = DEFAULT) -
         return {name: found for name, found in zip(names, pool.map(one, names), strict=True) if found is not None}
 
 
-def list_names(url: str, remote: RemoteSettings = DEFAULT) -> list[str]:
-    """Names of the objects directly in the folder `url`, sorted; empty if there is no such folder."""
-    return sorted(sizes(url, remote))
-
-
 def list_files(url: str, remote: RemoteSettings = DEFAULT) -> dict[str, tuple[int, str]]:
     """{"train/a.jpg" -> (bytes, text that changes with the object)} of all below the folder `url`, by one listing."""
 

@@ -39,7 +39,7 @@ def test_what_is_there_is_read_in_whole_and_in_parts(s3, tmp_path):
     assert (tmp_path / "copy").read_bytes() == DATA
     assert counters == ReadCounters(remote_bytes=2 * len(DATA) + 50)
     assert storage.sizes("s3://shards/folder/") == {"a.bin": len(DATA)}  # no folders
-    assert storage.list_names("s3://shards/nothing") == [] == storage.list_names("s3://no-such-bucket/x")
+    assert storage.sizes("s3://shards/nothing") == {} == storage.sizes("s3://no-such-bucket/x")
     assert not storage.exists("s3://shards/folder") and not storage.exists("s3://shards/folder/z")
 
 
@@ -52,14 +52,14 @@ def test_what_is_written_replaces_what_was_there(s3, tmp_path, scheme):
     storage.upload(tmp_path / "local", url)
     assert storage.read_bytes(url) == DATA
     storage.write_bytes(b"new", url)
-    assert storage.read_bytes(url) == b"new" and storage.list_names(base) == ["x.bin"]
+    assert storage.read_bytes(url) == b"new" and storage.sizes(base) == {"x.bin": 3}
     storage.remove(url)
     storage.remove(url)
     assert not storage.exists(url)
 
 
 def test_a_listing_is_never_an_old_one(s3):
-    assert storage.list_names("s3://shards/grows") == []
+    assert storage.sizes("s3://shards/grows") == {}
     url = s3.put_bytes(b"1", "grows/a")
     assert storage.sizes("s3://shards/grows") == {"a": 1}
     s3.put_bytes(b"22", "grows/a")
@@ -145,7 +145,7 @@ def test_a_dead_server_is_given_up_and_one_that_comes_back_is_found(s3):
     with pytest.raises(StorageError, match=r"after 3 attempts \(Could not connect.*AWS_ENDPOINT_URL") as error:
         storage.read_range(url, 0, 5, QUICK, counters)
     assert sentence(error).startswith(url) and counters.retries == 2
-    for call in (storage.size, storage.exists, storage.list_names):
+    for call in (storage.size, storage.exists, storage.sizes):
         with pytest.raises(ValueError, match="after 3 attempts"):
             call(url, QUICK)
 
@@ -203,7 +203,7 @@ def test_without_credentials_the_sentence_says_so(s3, monkeypatch):
     ],
 )
 def test_other_urls_are_refused(url, says):
-    for call in (storage.read_bytes, storage.list_names, lambda u: storage.write_bytes(b"", u)):
+    for call in (storage.read_bytes, storage.sizes, lambda u: storage.write_bytes(b"", u)):
         with pytest.raises(ValueError, match=says) as error:
             call(url)
         assert sentence(error).startswith(url)
