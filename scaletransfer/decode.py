@@ -38,22 +38,28 @@ class Decoding:
 
 
 def decode_at(
-    data: bytes | memoryview, channels: int, how: Decoding, scale: int = 1, memory: np.ndarray | None = None
+    data: bytes | memoryview,
+    channels: int,
+    how: Decoding,
+    scale: int = 1,
+    sides: tuple[int, int] | None = None,
+    memory: np.ndarray | None = None,
 ) -> np.ndarray:
     """``decode`` as an array [H, W] (channels 1) or [H, W, 3]; at 1 / scale of the size where that is a plain JPEG.
 
     scale: 1, 2, 4 or 8; above 1 only where ``plain_jpeg_size`` is not None.  A pixel at 1 / scale stands for scale x
-    scale pixels; sides are rounded up.  memory: uint8, of the size of the result, which may be put there; only where
-    ``plain_jpeg_size`` is not None.  Damaged data has the reasons of ``decode``.
+    scale pixels; sides are rounded up.  sides: ``plain_jpeg_size``, where it is at hand.  memory: uint8, of the size of
+    the result, which may be put there; only where ``plain_jpeg_size`` is not None.  Damaged data has the reasons of
+    ``decode``.
     """
     if how.depth == 8:
-        sides = plain_jpeg_size(data)
+        sides = sides or plain_jpeg_size(data)
         if sides is not None:
-            least = [-(-side // scale) for side in sides]
+            height, width = -(-sides[0] // scale), -(-sides[1] // scale)
             try:
                 # libjpeg-turbo takes the smallest of its scales that is at least as large: exactly this one
                 pixels = simplejpeg.decode_jpeg(
-                    data, "GRAY" if channels == 1 else "RGB", min_height=least[0], min_width=least[1], buffer=memory
+                    data, "GRAY" if channels == 1 else "RGB", min_height=height, min_width=width, buffer=memory
                 )
             except ValueError:
                 pixels = None  # Pillow has the last word

@@ -22,7 +22,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -43,6 +43,11 @@ class Geometry(Protocol):
 
     @property
     def size(self) -> int: ...
+    @property
+    def draws(self) -> int:
+        """How many of the uniforms it uses: the first ones."""
+        ...
+
     def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
         """The part of an image of these sides, in pixels, that the result is taken from."""
         ...
@@ -55,8 +60,7 @@ class Geometry(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A part of an image: where its first row and column begin, its sides."""
 
     top: float
@@ -89,13 +93,13 @@ class Fused:
         """
         if how.depth == 16 and self.channels == 3:
             raise ValueError(DEEP_COLOUR)
-        sides = plain_jpeg_size(data)
+        sides = plain_jpeg_size(data) if how.depth == 8 else None
         if sides is not None:
             box = self.geometry.used(*sides, uniforms)
             part_of = self._scale(box)
-            height, width = (-(-side // part_of) for side in sides)
+            height, width = -(-sides[0] // part_of), -(-sides[1] // part_of)
             memory = _memory("decoded", (height, width, self.channels), np.uint8)
-            pixels = decode_at(data, self.channels, how, part_of, memory)
+            pixels = decode_at(data, self.channels, how, part_of, sides, memory)
             scale = part_of
         else:
             pixels = decode_at(data, self.channels, how)
@@ -104,8 +108,9 @@ class Fused:
             part_of, scale = self._scale(box), 1
         part, exact = _cut(pixels, box, scale)
         # whole blocks of what is decoded at that part, also where it was not
-        down, across = (max(1, int(side // (part_of * self.size))) for side in (box.height, box.width))
-        part, exact = _reduced(part, exact, down * part_of // scale, across * part_of // scale)
+        block, ratio = part_of * self.size, part_of // scale
+        down, across = max(1, int(box.height // block)), max(1, int(box.width // block))
+        part, exact = _reduced(part, exact, down * ratio, across * ratio)
         if self.channels == 1:
             self.geometry.resample(part, exact, uniforms, out[0])
             return
@@ -115,7 +120,8 @@ class Fused:
 
     def _scale(self, box: Box) -> int:
         """The part of its size, as a divisor, that is enough for this box."""
-        return next((s for s in SCALES if min(box.height, box.width) >= 2 * s * self.size), 1)
+        parts = min(box.height, box.width) / (2 * self.size)
+        return 1 if parts < SCALES[-1] else next(s for s in SCALES if parts >= s)
 
 
 def build_fused(
@@ -148,6 +154,7 @@ class CentreSquare:
     """The centre square (odd rests lose the pixel at the end)."""
 
     size: int
+    draws: ClassVar[int] = 0
 
     def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
         side = min(height, width)
@@ -170,6 +177,7 @@ class SquareAffine:
     rotation: float
     scale: tuple[float, float]
     flip: float
+    draws: ClassVar[int] = 5
 
     used = CentreSquare.used
 
@@ -192,6 +200,7 @@ class RandomCrop:
 
     size: int
     flip: float
+    draws: ClassVar[int] = 3 + 2 * _TRIES
 
     def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
         area = height * width
@@ -279,6 +288,7 @@ def _warp(
 class _Scratch(threading.local):
     def __init__(self) -> None:
         self.held: dict[str, np.ndarray] = {}
+        self.last: dict[str, np.ndarray] = {}
 
 
 _scratch = _Scratch()
@@ -286,12 +296,16 @@ _scratch = _Scratch()
 
 def _memory(name: str, shape: tuple[int, ...], dtype: np.dtype[Any] | type[np.generic]) -> np.ndarray:
     """An array without content, in memory of this thread that the next call with this name uses again."""
+    last = _scratch.last.get(name)
+    if last is not None and last.shape == shape and last.dtype == dtype:
+        return last
     size = math.prod(shape) * np.dtype(dtype).itemsize
     held = _scratch.held.get(name)
     # much too large is no good either: one huge image must not hold its memory for ever
     if held is None or held.nbytes < size or held.nbytes > max(1 << 22, 8 * size):
         held = _scratch.held[name] = np.empty(size + size // 4, np.uint8)
-    return held[:size].view(dtype).reshape(shape)
+    last = _scratch.last[name] = held[:size].view(dtype).reshape(shape)
+    return last
 
 
 def _in_place(function: Callable[..., np.ndarray], *arguments: object, **options: object) -> None:

@@ -284,7 +284,8 @@ class ShardDataset(Dataset[Batch]):
         try:
             if self.fused is not None:
                 assert pending.pixels is not None
-                self.fused(data, how, sample_uniforms(self.seed, position), pending.pixels[number])
+                uniforms = sample_uniforms(self.seed, position, self.fused.geometry.draws)
+                self.fused(data, how, uniforms, pending.pixels[number])
                 return
             pixels = decode_at(data, self.channels, how)
         except ValueError as error:

@@ -45,14 +45,17 @@ def sample_seed(seed: int, position: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def sample_uniforms(seed: int, position: int) -> tuple[float, ...]:
-    """32 numbers in [0, 1) for everything random that happens to the sample at this position, multiples of 2^-32."""
+def sample_uniforms(seed: int, position: int, count: int = 32) -> list[float]:
+    """The first ``count`` (at most 32) of the numbers in [0, 1) for everything random that happens to the sample at
+    this position, multiples of 2^-32."""
     name = f"{seed}:{position}".encode()
-    words = blake2b(name, digest_size=64, salt=b"0").digest() + blake2b(name, digest_size=64, salt=b"1").digest()
-    return tuple([word * 2.0**-32 for word in _WORDS.unpack(words)])
+    words = _WORDS.unpack(blake2b(name, digest_size=64, salt=b"0").digest())
+    if count > len(words):
+        words += _WORDS.unpack(blake2b(name, digest_size=64, salt=b"1").digest())
+    return [word * 2.0**-32 for word in words[:count]]
 
 
-_WORDS = Struct("<32I")
+_WORDS = Struct("<16I")
 
 
 def rank_positions(step: int, rank: int, world: int, micro: int, global_batch: int) -> np.ndarray:

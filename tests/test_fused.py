@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from scaletransfer.decode import Decoding, decode
-from scaletransfer.fused import Box, CentreSquare, Fused, RandomCrop, SquareAffine, build_fused
+from scaletransfer.fused import Box, CentreSquare, Fused, Geometry, RandomCrop, SquareAffine, build_fused
 from scaletransfer.order import sample_uniforms
 from scaletransfer.transforms import ReflectedAffine, TransformOptions, build_transform
 
@@ -131,9 +131,9 @@ def test_a_part_of_the_size_cannot_be_seen(monkeypatch, height, width):
     used = []
     original = module.decode_at
 
-    def note(data: bytes, channels: int, how: Decoding, scale: int, memory: np.ndarray) -> np.ndarray:
+    def note(data: bytes, channels: int, how: Decoding, scale: int, *rest) -> np.ndarray:
         used.append(scale)
-        return original(data, channels, how, scale, memory)
+        return original(data, channels, how, scale, *rest)
 
     monkeypatch.setattr(module, "decode_at", note)
     run(still, data)
@@ -244,3 +244,32 @@ def test_which_pipelines_have_a_fused_form():
             build_fused(*arguments)
     with pytest.raises(ValueError, match="randaugment is for natural images"):
         build_fused("xray", True, 8, options=TransformOptions(randaugment=True))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        CentreSquare(size=SIZE),
+        SquareAffine(size=SIZE, shift=0.1, rotation=20, scale=(0.8, 1.2), flip=0.5),
+        RandomCrop(size=SIZE, flip=0.5),
+    ],
+    ids=lambda geometry: type(geometry).__name__,
+)
+def test_a_geometry_uses_no_more_numbers_than_it_says(geometry: Geometry):
+    fused = Fused(geometry=geometry, channels=1)
+    data = jpeg(smooth(300, 260, 1))
+    for position in range(200):  # a crop that fits at the first try uses few of them
+        got, wanted = (np.empty((1, geometry.size, geometry.size), np.uint8) for _ in range(2))
+        few, all_of_them = sample_uniforms(1, position, geometry.draws), sample_uniforms(1, position)
+        assert few == all_of_them[: geometry.draws]
+        fused(data, Decoding(), few, got)
+        fused(data, Decoding(), all_of_them, wanted)
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_unlucky_crops_use_every_number_they_may():
+    crop = RandomCrop(size=SIZE, flip=0.5)
+    numbers = [0.99] * crop.draws  # never fits in something so narrow
+    assert crop.used(1000, 10, numbers) == Box(493, 0, 13, 10)
+    with pytest.raises(IndexError):
+        crop.used(1000, 10, numbers[:-1])

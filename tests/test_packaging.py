@@ -131,6 +131,7 @@ def test_what_the_package_imports_is_declared():
         "cv2": "opencv-python-headless",
         "yaml": "pyyaml",
         "PIL": "pillow",
+        "zlib_ng": "zlib-ng",
         "sklearn": "scikit-learn",
         "docstring_parser": "jsonargparse",
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -36,6 +36,7 @@ class PlainCrop:
     """A random square of the wanted size, as it is: the crop that the peers are given too."""
 
     size: int
+    draws: ClassVar[int] = 2
 
     def used(self, height: int, width: int, uniforms: Uniforms) -> Box:
         """A square anywhere in the image."""
