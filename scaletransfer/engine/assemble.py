@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from scaletransfer.config import ModelConfig, OptimizerConfig, PretrainConfig, accumulation
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
-from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
+from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.data import open_data
+from scaletransfer.engine.filling import Values
 from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable

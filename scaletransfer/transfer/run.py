@@ -24,9 +24,10 @@ from scaletransfer.engine.assemble import (
     make_optimizer,
     say_start,
 )
-from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
+from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.evaluate import score
+from scaletransfer.engine.filling import Values
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
 from scaletransfer.engine.strategy import Strategy

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from workers.common import forget_engine
 
 from scaletransfer.engine import pieces
-from scaletransfer.engine.build import Values, build_engine
+from scaletransfer.engine.build import build_engine
+from scaletransfer.engine.filling import Values
 from scaletransfer.engine.step import train_step
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.losses import make_loss
