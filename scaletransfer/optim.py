@@ -12,7 +12,7 @@ sums of squares are then taken per unit over the pieces, added over the ranks in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +135,7 @@ class SGD_AGC(torch.optim.Optimizer):
                 loss = closure()
         tensors = [p for group in self.param_groups for p in group["params"]]
         if tensors:
-            gradients = [None if p.grad is None else flat(p.grad) for p in tensors]
-            self._stats.append(self._clip(tensors, gradients))
+            self._stats.append(self._clip(tensors))
         for group in self.param_groups:
             self._update(group)
         return loss
@@ -158,16 +157,17 @@ class SGD_AGC(torch.optim.Optimizer):
         if key not in self._plans:
             segments = [self._segments(p) for p in tensors]
             # An id names a tensor only as long as the tensor lives, so the tensors are kept too.
-            self._plans[key] = (UnitPlan(segments, apart, local(tensors[0]).device), list(tensors))
+            self._plans[key] = (UnitPlan([local(p) for p in tensors], segments, apart), list(tensors))
         return self._plans[key][0]
 
-    def _clip(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> ClipStats:
-        """Scales the (flat) gradients in place, unit by unit."""
+    def _clip(self, tensors: Sequence[Tensor]) -> ClipStats:
+        """Scales the gradients in place, unit by unit."""
         plan = self._plan(tensors)
+        gradients = [None if p.grad is None else local(p.grad) for p in tensors]
+        weights = [None if p.grad is None else local(p) for p in tensors]
         first = local(tensors[0])
         dtype = torch.promote_types(first.dtype, torch.float32)
         sums = torch.zeros(2, plan.units, dtype=dtype, device=first.device)
-        weights = [None if g is None else flat(p) for p, g in zip(tensors, gradients, strict=True)]
         plan.square_sums(gradients, sums[0])
         plan.square_sums(weights, sums[1], wholes=False)
         if self._group is not None:
@@ -194,9 +194,9 @@ class SGD_AGC(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            weight, gradient, state, fresh = local(p).detach(), local(p.grad), self.state[p], False
-            buffer = None
+            weight, gradient, buffer, fresh = local(p), local(p.grad), None, False
             if group["momentum"]:
+                state = self.state[p]
                 fresh = state.get("momentum_buffer") is None
                 if fresh:
                     state["momentum_buffer"] = torch.zeros_like(weight)
@@ -222,7 +222,7 @@ class SGD_AGC(torch.optim.Optimizer):
 
 def _parts(
     weight: Tensor, gradient: Tensor, buffer: Tensor | None
-) -> Iterator[tuple[bool, tuple[Tensor, Tensor, Tensor | None]]]:
+) -> Sequence[tuple[bool, tuple[Tensor, Tensor, Tensor | None]]]:
     """What of a tensor torch's fused kernel may step (True), and what its default must.
 
     The kernel walks through memory, so the tensors must lie in it alike. The last few elements, which do not fill its
@@ -231,14 +231,14 @@ def _parts(
     alike = weight.dtype == gradient.dtype and weight.stride() == gradient.stride()
     if buffer is not None:
         alike = alike and buffer.dtype == weight.dtype and buffer.stride() == weight.stride()
-    if not alike or weight.device.type not in ("cpu", "cuda"):
-        yield False, (weight, gradient, buffer)
-        return
+    rest = weight.numel() % _REGISTERS
+    if not alike or weight.device.type not in ("cpu", "cuda") or rest == weight.numel():
+        return [(False, (weight, gradient, buffer))]
+    if rest == 0:
+        return [(True, (weight, gradient, buffer))]
     w, g, b = flat(weight), flat(gradient), None if buffer is None else flat(buffer)
-    body = len(w) // _REGISTERS * _REGISTERS
-    for fused, here in ((True, slice(0, body)), (False, slice(body, len(w)))):
-        if here.stop > here.start:
-            yield fused, (w[here], g[here], None if b is None else b[here])
+    body, tail = slice(0, len(w) - rest), slice(len(w) - rest, len(w))
+    return [(here is body, (w[here], g[here], None if b is None else b[here])) for here in (body, tail)]
 
 
 def split_head(

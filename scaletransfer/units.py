@@ -89,45 +89,56 @@ class _Span:
     total: int
     lengths: Tensor | None = None
     """Blocks of each unit, int64 [units]; None: one block each."""
+    dims: tuple[int, ...] = (1,)
+    """The dimensions of ``rows`` within a unit's block."""
+    entire: bool = False
+    """It is all of its tensor, with a unit in each row, or a single one in all: no view need be made."""
 
     def joined(self, other: _Span) -> bool:
         """Takes ``other`` in where it goes on right behind, and their common blocks are wide enough."""
         block, total = math.gcd(self.block, other.block), self.total + other.total
-        if (self.tensor, self.offset + self.total, self.first + len(self.counts)) != (
-            other.tensor,
-            other.offset,
-            other.first,
-        ):
+        behind = (self.tensor, self.offset + self.total, self.first + len(self.counts))
+        if behind != (other.tensor, other.offset, other.first):
             return False
-        if not (
-            block >= WIDE_BLOCK or (total <= SMALL_SPAN and block >= NARROW_BLOCK) or block == self.block == other.block
-        ):
+        small = total <= SMALL_SPAN and block >= NARROW_BLOCK
+        if not (block >= WIDE_BLOCK or small or block == self.block == other.block):
             return False
         self.counts += other.counts
         self.block, self.total = block, total
         return True
+
+    def settle(self, tensor: Tensor) -> None:
+        """Finds what is the same in every step; ``tensor`` is the one that the span lies in."""
+        lengths = [count // self.block for count in self.counts]
+        if max(lengths) > 1:
+            self.lengths = torch.tensor(lengths, device=tensor.device)
+        by_row = tensor.dim() >= 2 and tensor.shape[0] == len(lengths)
+        if self.lengths is None and self.total == tensor.numel() and (by_row or len(lengths) == 1):
+            self.entire, self.dims = True, tuple(range(1, tensor.dim()))
 
     @property
     def units(self) -> slice:
         return slice(self.first, self.first + len(self.counts))
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """[blocks, block] view of its elements."""
-        return tensor[self.offset : self.offset + self.total].view(-1, self.block)
+        """[blocks, ...] view of its elements."""
+        if self.entire:
+            return tensor
+        return flat(tensor)[self.offset : self.offset + self.total].view(-1, self.block)
 
 
 class UnitPlan:
-    """Which elements of a list of flat tensors belong to which unit.
+    """Which elements of a list of tensors belong to which unit.
 
     Args:
+        tensors: what this rank holds of each parameter, or flat partitions; of them, only the shapes are looked at.
         segments: for each tensor, what it is made of. Units are numbered through in that order, those of empty
             segments too, so that every rank numbers them alike.
         apart: for each tensor, whether it is told by unit; otherwise each of its segments counts as one unit, of
             which this rank may hold any part, and which is never scaled.
-        device: of the tensors.
     """
 
-    def __init__(self, segments: Sequence[Sequence[Segment]], apart: Sequence[bool], device: torch.device) -> None:
+    def __init__(self, tensors: Sequence[Tensor], segments: Sequence[Sequence[Segment]], apart: Sequence[bool]) -> None:
         self.first: list[int] = [0]
         """Number of each tensor's first unit, and at the end the number of units."""
         spans: list[_Span] = []
@@ -148,17 +159,10 @@ class UnitPlan:
                         spans.append(run)
                 number += part.units
             self.first.append(number)
+        for span in (*spans, *self._wholes):
+            span.settle(tensors[span.tensor])
         self._spans = [span for span in spans if len(span.counts) > 1]
         self._singles = [span for span in spans if len(span.counts) == 1]
-        for span in self._spans:
-            lengths = [count // span.block for count in span.counts]
-            if max(lengths) > 1:
-                span.lengths = torch.tensor(lengths, device=device)
-        self._indices = [self._index(spans, device) for spans in (self._singles, self._wholes)]
-
-    @staticmethod
-    def _index(spans: Sequence[_Span], device: torch.device) -> Tensor:
-        return torch.tensor([span.first for span in spans], dtype=torch.int64, device=device)
 
     @property
     def units(self) -> int:
@@ -168,41 +172,44 @@ class UnitPlan:
         """Writes the sum of squares of this rank's elements of each unit to ``out`` [units], of zeros.
 
         Args:
-            tensors: flat tensors as given to the plan; None leaves the units of one as they are.
+            tensors: like those given to the plan; None leaves the units of one as they are.
             wholes: also for tensors that are not told by unit.
         """
         for span, rows in _held(self._spans, tensors):
             if span.lengths is None:
-                torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype, out=out[span.units])
+                torch.linalg.vector_norm(rows, dim=span.dims, dtype=out.dtype, out=out[span.units])
                 continue
-            squares = torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype).square_()
+            squares = torch.linalg.vector_norm(rows, dim=span.dims, dtype=out.dtype).square_()
             out[span.units] = torch.segment_reduce(squares, "sum", lengths=span.lengths, unsafe=True).sqrt_()
-        for spans, index in zip((self._singles, self._wholes if wholes else []), self._indices, strict=True):
-            held = _held(spans, tensors)
-            if held:
-                if len(held) < len(spans):
-                    index = self._index([span for span, _ in held], out.device)
-                norms = torch._foreach_norm([rows for _, rows in held], 2, dtype=out.dtype)
-                out[index] = torch.stack(norms)
+        singles = _held([*self._singles, *(self._wholes if wholes else [])], tensors)
+        if singles:
+            norms = torch._foreach_norm([rows for _, rows in singles], 2, dtype=out.dtype)
+            out[_index(singles, out.device)] = torch.stack(norms)
         out.square_()
 
     def scale(self, tensors: Sequence[Tensor | None], scale: Tensor) -> None:
         """Multiplies this rank's elements of each unit in place by ``scale`` [units]."""
+        scaled: list[Tensor] = []
+        factors: list[Tensor] = []
         for span, rows in _held(self._spans, tensors):
-            factors = scale[span.units].to(rows.dtype)
+            factor = scale[span.units].to(rows.dtype)
             if span.lengths is not None:
-                factors = factors.repeat_interleave(span.lengths, output_size=len(rows))
-            rows.mul_(factors[:, None])
-        held = _held(self._singles, tensors)
-        if held:
-            index = self._indices[0]
-            if len(held) < len(self._singles):
-                index = self._index([span for span, _ in held], scale.device)
-            singles = [rows for _, rows in held]
-            torch._foreach_mul_(singles, scale[index].to(singles[0].dtype).unbind())  # type: ignore[arg-type]
+                factor = factor.repeat_interleave(span.lengths, output_size=len(rows))
+            scaled.append(rows)
+            factors.append(factor.view(-1, *(1 for _ in span.dims)))
+        singles = _held(self._singles, tensors)
+        if singles:
+            scaled += [rows for _, rows in singles]
+            factors += scale[_index(singles, scale.device)].to(scaled[0].dtype).unbind()
+        if scaled:
+            torch._foreach_mul_(scaled, factors)  # type: ignore[arg-type]
 
 
 def _held(spans: Sequence[_Span], tensors: Sequence[Tensor | None]) -> list[tuple[_Span, Tensor]]:
     """The spans whose tensor is there, with their rows."""
     found = ((span, tensors[span.tensor]) for span in spans)
     return [(span, span.rows(tensor)) for span, tensor in found if tensor is not None]
+
+
+def _index(held: Sequence[tuple[_Span, Tensor]], device: torch.device) -> Tensor:
+    return torch.tensor([span.first for span, _ in held], dtype=torch.int64, device=device)

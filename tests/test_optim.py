@@ -410,7 +410,7 @@ def test_pieces_of_any_cut_give_the_sums_and_scales_of_the_whole(
             assert sum(end - begin for begin, end, *_ in runs) == segment.stop - segment.start
             assert len(runs) <= 3
         holder = holder_of(wholes, mine, dtype)
-        plan = UnitPlan([mine], [apart], holder.device)
+        plan = UnitPlan([holder], [mine], [apart])
         assert (plan.units, plan.first) == (sum(units), [0, sum(units)])
         sums, missing = torch.zeros(2, sum(units), dtype=dtype)
         plan.square_sums([holder], sums)
