@@ -57,7 +57,7 @@ def build_zero(
         raise ValueError("ZeRO was asked for but accelerate made no DeepSpeed plugin: start with launch/zero2.yaml")
     deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over torch's group; zero.Init counts ranks by it
     plugin.deepspeed_config.update(settings)
-    if strategy.engine == "zero3":
+    if strategy.zero_stage == 3:
         config = {k: v for k, v in plugin.deepspeed_config.items() if v != "auto"}
         with deepspeed.zero.Init(config_dict_or_path=config):
             module = create()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from scaletransfer.engine.build import Engine
 from scaletransfer.losses import Loss
-from scaletransfer.optim import SGD_AGC, flat
+from scaletransfer.optim import SGD_AGC
+from scaletransfer.units import flat
 
 Batch = dict[str, Tensor]
 
@@ -54,7 +55,7 @@ def train_step(
         group["lr"] = lr
     count = global_count(engine, loss, batches)
     undo = engine.world * (engine.accumulation if engine.strategy.deepspeed else 1)
-    total = torch.zeros((), device=engine.device)
+    total = torch.zeros((), dtype=engine.master_dtype, device=engine.device)
     if not engine.strategy.deepspeed:
         engine.optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(batches):
@@ -105,7 +106,7 @@ def _watch_norm(engine: Engine) -> Callable[[], Tensor]:
     def total() -> Tensor:
         hook.remove()
         value = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
-        return value if engine.strategy.engine in ("single", "ddp") else engine.sum_over_ranks(value)
+        return engine.sum_over_shards(value.to(engine.device))
 
     return total
 
