@@ -1,11 +1,11 @@
 """How much memory a rank takes under each engine, next to what its shares of parameters, gradients and momentum are.
 
-    python tools/bench/memory.py                                    R101x1 with 21,842 classes, every engine, 1, 2, 4 ranks
+    python tools/bench/memory.py             every engine, 2 and 4 ranks, R101x1 with 21,842 classes
     python tools/bench/memory.py --engines fsdp2,zero3 --ranks 2 --model BiT-M-R50x3
     python tools/bench/memory.py --model BiT-M-R152x4 --engines fsdp2,zero3 --ranks 2 --checkpointing on
 
-Every line is a launch of its own, as a user would start it, with images of noise. "peak" is the largest resident size of
-a rank (libraries and their 0.5 GB included), once while the engine is built and once while it trains. "state" is what
+Every line is a launch of its own, as a user would start it, with images of noise. "peak" is the largest resident size
+of a rank (libraries and their 0.5 GB included), once while the engine is built and once while it trains. "state" is what
 the storages of parameters, masters, gradients and momentum hold between backward and step; the share beside it is
 (parameters + gradients + momentum) / ranks in float32. On CPUs with gloo; a GPU's memory is counted by nobody here.
 """
@@ -25,12 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scaletransfer.cli import CommandParser, run_command
-from scaletransfer.engine.strategy import ENGINES
+from scaletransfer.cli import CommandParser, run_command  # noqa: E402 (the checkout's own, installed or not)
+from scaletransfer.engine.strategy import ENGINES  # noqa: E402
 
 GB = 1e9
 ROOM = 2**30
-"""What a start may take beyond what it leaves and one block: libraries' own buffers, and the whole tensor that is drawn."""
+"""What a start may take beyond what it leaves and one block: libraries' buffers, the tensor that is being drawn."""
 
 
 def launch(engine: str, ranks: int, spec: dict[str, Any], limit: float) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def facts(engine: str, ranks: int, checkpointing: bool, found: Sequence[dict[str
     """The line of the table: of the rank that takes most; bytes."""
     held = [sum(rank["held"].values()) for rank in found]
     share = 3 * 4 * found[0]["parameters"] / ranks
-    start = max(rank["birth_peak"] - rank["base"] - rank["born_parameters"] - rank["largest_block"] for rank in found)
+    start = max(rank["birth_peak"] - rank["base"] - share - rank["largest_block"] for rank in found)
     return {
         "engine": engine,
         "ranks": ranks,
@@ -74,8 +74,8 @@ def facts(engine: str, ranks: int, checkpointing: bool, found: Sequence[dict[str
 
 
 HEAD = (
-    "| engine | ranks | recompute | peak, start | peak, steps | state | share | state / share | by formula | s a step |\n"
-    "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"
+    "| engine | ranks | recompute | peak, start | peak, steps | state | share | state / share | by formula "
+    "| s a step |\n|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         if engine not in ENGINES:
             raise ValueError(f"--engines {engine}: there are {', '.join(ENGINES)}")
         for ranks in [1] if engine == "single" else [int(number) for number in options.ranks.split(",")]:
-            if engine != "single" and ranks == 1 or engine == "hsdp" and ranks != 4:
+            if (engine != "single" and ranks == 1) or (engine == "hsdp" and ranks != 4):
                 continue
             for way in ways:
                 row = facts(engine, ranks, way, launch(engine, ranks, {**spec, "checkpointing": way}, options.limit))
@@ -130,7 +130,7 @@ def promises(row: dict[str, Any]) -> list[str]:
     if not 0.9 <= row["held"] / row["share"] <= 1.1:
         found.append(f"{name} holds {row['held'] / row['share']:.2f} of its share")
     if row["start_beyond"] > ROOM:
-        found.append(f"{name} takes {row['start_beyond'] / GB:.2f} GB beyond its parameters and a block to start")
+        found.append(f"{name} takes {row['start_beyond'] / GB:.2f} GB beyond its share and a block to start")
     return found
 
 

@@ -1,6 +1,6 @@
 """One rank of `tools/bench/memory.py`: builds an engine, trains some steps on noise, says what memory that took.
 
-    python memory_worker.py SPEC.json       under accelerate launch; writes rank-N.json beside SPEC.json
+python memory_worker.py SPEC.json       under accelerate launch; writes rank-N.json beside SPEC.json
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     strategy = asked(cuda=torch.cuda.is_available())
     model = ModelConfig(name=spec["model"], activation_checkpointing=spec["checkpointing"])
     loss = make_loss("multiclass")
+    if strategy.deepspeed:
+        import deepspeed  # noqa: F401 (0.3 GB of libraries that are no part of the model)
+        import transformers  # noqa: F401
     base = forget_peak()
     engine = build_engine(
         strategy,
@@ -63,9 +66,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(strategy.rank)
     steps = []
     for number in range(spec["steps"]):
-        shape = (spec["micro_batch"], 3, spec["size"], spec["size"])
-        image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        target = torch.randint(0, spec["classes"], shape[:1], generator=generator)
+        batch, side = spec["micro_batch"], spec["size"]
+        image = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
+        target = torch.randint(0, spec["classes"], (batch,), generator=generator)
         first = verify.FirstStep(engine, momentum=True) if number == 0 else None
         forget_peak()
         began = time.monotonic()
@@ -86,9 +89,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     found["steps"] = steps
     found["parameters"] = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
     blocks: dict[str, int] = {}
-    for name, shape in engine.shapes.items():
+    for name, whole in engine.shapes.items():
         unit = ".".join(name.split(".")[:3]) if name.startswith("body.") else name.rsplit(".", 1)[0]
-        blocks[unit] = blocks.get(unit, 0) + 4 * torch.Size(shape).numel()
+        blocks[unit] = blocks.get(unit, 0) + 4 * torch.Size(whole).numel()
     found["largest_block"] = max(blocks.values())
     return found
 
