@@ -5,7 +5,7 @@
     python tools/bench/memory.py --model BiT-M-R152x4 --engines fsdp2,zero3 --ranks 2 --checkpointing on
 
 Every line is a launch of its own, as a user would start it, with images of noise. "peak" is the largest resident size
-of a rank (libraries and their 0.5 GB included), once while the engine is built and once while it trains. "state" is what
+of a rank (libraries and their 0.5 GB included), while the engine is built and while it trains. "state" is what
 the storages of parameters, masters, gradients and momentum hold between backward and step; the share beside it is
 (parameters + gradients + momentum) / ranks in float32. On CPUs with gloo; a GPU's memory is counted by nobody here.
 """
