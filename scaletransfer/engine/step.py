@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scaletransfer.engine.build import Engine
+from scaletransfer.engine.zero_memory import forget_gradients
 from scaletransfer.losses import Loss
 from scaletransfer.optim import SGD_AGC
 from scaletransfer.units import flat
@@ -73,6 +74,8 @@ def train_step(
     norm = None if isinstance(engine.optimizer, SGD_AGC) else _watch_norm(engine)
     if engine.strategy.deepspeed:
         engine.model.step()  # type: ignore[operator]
+        if engine.strategy.engine == "zero3":
+            forget_gradients(engine.zero)
     else:
         engine.optimizer.step()
     return _result(engine, total, norm)
