@@ -19,7 +19,7 @@ import torch
 from helpers_checkpoint import FACTS, listing, make, save_3_and_6, sentence
 
 from scaletransfer.engine import checkpoint_save
-from scaletransfer.engine.checkpoint import find_latest, open_checkpoint
+from scaletransfer.engine.checkpoint import find_latest, generator_states, open_checkpoint
 from scaletransfer.engine.checkpoint_saver import save
 
 
@@ -40,7 +40,7 @@ def rewrite_manifest(folder: Path, change) -> None:
 # ---- damage and hostility
 
 
-@pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
+@pytest.mark.parametrize("place", [0.001, 0.06, 0.1, 0.6, 0.999])
 def test_a_flipped_bit(saved, place):
     path = saved / "step-00000006" / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
@@ -51,6 +51,7 @@ def test_a_flipped_bit(saved, place):
     with pytest.raises(ValueError, match="differs from what the training process saved") as caught:
         for name in found.parts:
             found.read(name)
+        generator_states(found, 0, 1)
     assert str(path) in sentence(caught)
 
 

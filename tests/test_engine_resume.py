@@ -167,14 +167,14 @@ def killed_while_saving(bench: Bench, engine: str, name: str) -> None:
     """Kill a run that hangs in the middle of its second checkpoint, everything written but the marker."""
     run = launch(engine, ["6", *bench.arguments(name)], bench.folder, module="workers_resume.slow_save")
     try:
-        hidden = bench.run(name) / "checkpoints" / ".step-00000006.tmp" / "manifest.json"
-        while not hidden.exists():
+        root = bench.run(name) / "checkpoints"
+        while not list(root.glob(".step-00000006.*/manifest.json")):
             assert run.process.poll() is None, run.text()
             time.sleep(0.01)
         kill(run, 1)
     finally:
         run.end()
-    assert hidden.exists()
+    assert list(root.glob(".step-00000006.*/manifest.json")) and not list(root.glob(".step-00000006.*/COMPLETE"))
     assert find_latest(bench.run(name) / "checkpoints") == bench.run(name) / "checkpoints" / "step-00000003"
     assert (bench.run(name) / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
