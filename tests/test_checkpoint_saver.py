@@ -351,7 +351,8 @@ def test_what_another_live_process_writes_is_left_alone(tmp_path):
     """Two runs that share a folder by mistake: the second save is refused, the first one becomes complete."""
     code = (
         "import sys, pathlib; from scaletransfer.engine.checkpoint_save import hold, hidden; "
-        "root = pathlib.Path(sys.argv[1]); kept = hold(root); hidden(root, 4, 'mine').mkdir(); print(1, flush=True); sys.stdin.read()"
+        "root = pathlib.Path(sys.argv[1]); kept = hold(root); hidden(root, 4, 'mine').mkdir(); "
+        "print(1, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
