@@ -222,6 +222,38 @@ def test_a_run_goes_on_under_another_engine_and_number_of_ranks(bench):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
+CHAINS = {
+    "zero3 on 4, fsdp2 on 2, ddp on 3": [("zero3", 4, 3), ("fsdp2", 2, 6), ("ddp", 3, STEPS)],
+    "ddp on 3, zero1 on 2, fsdp2 on 4": [("ddp", 3, 2), ("zero1", 2, 5), ("fsdp2", 4, STEPS)],
+    "zero2 on 2, zero3 on 3, zero2 on 4": [("zero2", 2, 3), ("zero3", 3, 7), ("zero2", 4, STEPS)],
+}
+"""Stages (engine, ranks, step at which it ends); every change falls into the middle of an epoch."""
+
+
+@pytest.mark.parametrize(
+    "stages", [pytest.param(c, marks=[pytest.mark.slow] * bool(n)) for n, c in enumerate(CHAINS.values())], ids=CHAINS
+)
+def test_engine_and_number_of_ranks_change_in_the_middle_of_an_epoch(tmp_path, stages):
+    """Every sample still once an epoch, and the losses of the uninterrupted run on one process."""
+    shards = make_shards(tmp_path, rows=STEPS_AN_EPOCH * 24 + 5, shard_size=40)
+    text = CONFIG.replace("global_batch: 32", "global_batch: 24").replace("micro_batch: 8", "micro_batch: 2", 1)
+    text = text.replace("every_steps: 3", "every_steps: 100").replace("image_size: 32", "image_size: 16")
+    config = write_config(tmp_path, shards, text.replace("validate: {every_epochs: 2", "validate: {every_epochs: null"))
+    for engine, world, end in stages:
+        assert end % STEPS_AN_EPOCH or end == STEPS
+        arguments = ["--config", str(config), "name=moved", f"max_steps={end}"]
+        run = launch_to_end(engine, arguments, tmp_path, world=world, limit=600)
+        assert f"{engine} on {world} ranks" in run.out.read_text()
+    moved = tmp_path / "runs" / "moved"
+    whole = run_single(config, "name=whole", "data.workers=0", "micro_batch=24")
+    found, expected = steps(moved), steps(whole.folder)
+    assert len(found) == len(expected) == STEPS
+    for one, two in zip(found, expected, strict=True):
+        assert one["keys_sha256"] == two["keys_sha256"] and one["lr"] == two["lr"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["clipped_units"] == pytest.approx(two["clipped_units"], abs=1e-3)
+
+
 def test_without_its_momentum_a_run_would_not_go_on_as_it_was(bench, monkeypatch):
     """The comparison above can fail: what is lost with the momentum is a thousand times its tolerance."""
     until_step_3(bench, "zero2", "forgetful")
