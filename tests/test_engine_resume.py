@@ -222,6 +222,43 @@ def test_a_run_goes_on_under_another_engine_and_number_of_ranks(bench):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_is_full_for_one_rank(bench, victim):
+    """The run ends with a sentence that says what and where, and what was saved before stays."""
+    name = f"full-{victim}"
+    worker = {"module": "workers_resume.full_disk"}
+    run = launch("ddp", [str(victim), "6", *bench.arguments(name)], bench.folder, **worker)
+    try:
+        assert run.wait() != 0
+    finally:
+        run.end()
+    said = [line for line in re.split(r"[\r\n]", run.err.read_text()) if line.startswith("error: ")]
+    assert said and all("No space left on device" in line and "rank-0000" in line for line in said), run.text()
+    assert any(f"rank-0000{victim}.safetensors" in line for line in said) and "Traceback" not in said[0]
+    root = bench.run(name) / "checkpoints"
+    assert find_latest(root) == root / "step-00000003" and (root / "latest").read_text() == "step-00000003\n"
+    assert done(bench.run(name)) < STEPS
+    bench.finish("ddp", name)
+    same(bench.run(name), bench.whole("ddp"), bench.folder)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_may_go_on(bench):
+    """It says so at every checkpoint that it cannot write, and does not end well without its last."""
+    overrides = ["checkpoint.on_failure=continue", "max_steps=9"]
+    arguments = ["1", "6", *bench.arguments("full-on", *overrides)]
+    run = launch("ddp", arguments, bench.folder, module="workers_resume.full_disk")
+    try:
+        assert run.wait() != 0
+    finally:
+        run.end()
+    assert done(bench.run("full-on")) == 9
+    words = "checkpoint of step 6 was not written, training goes on with the ones before it: rank 1 could not write"
+    assert words in run.text() + (bench.run("full-on") / "log.txt").read_text()
+    assert find_latest(bench.run("full-on") / "checkpoints") == bench.run("full-on") / "checkpoints" / "step-00000003"
+
+
 CHAINS = {
     "zero3 on 4, fsdp2 on 2, ddp on 3": [("zero3", 4, 3), ("fsdp2", 2, 6), ("ddp", 3, STEPS)],
     "ddp on 3, zero1 on 2, fsdp2 on 4": [("ddp", 3, 2), ("zero1", 2, 5), ("fsdp2", 4, STEPS)],
@@ -230,9 +267,8 @@ CHAINS = {
 """Stages (engine, ranks, step at which it ends); every change falls into the middle of an epoch."""
 
 
-@pytest.mark.parametrize(
-    "stages", [pytest.param(c, marks=[pytest.mark.slow] * bool(n)) for n, c in enumerate(CHAINS.values())], ids=CHAINS
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", CHAINS.values(), ids=CHAINS)
 def test_engine_and_number_of_ranks_change_in_the_middle_of_an_epoch(tmp_path, stages):
     """Every sample still once an epoch, and the losses of the uninterrupted run on one process."""
     shards = make_shards(tmp_path, rows=STEPS_AN_EPOCH * 24 + 5, shard_size=40)
@@ -242,6 +278,7 @@ def test_engine_and_number_of_ranks_change_in_the_middle_of_an_epoch(tmp_path, s
     for engine, world, end in stages:
         assert end % STEPS_AN_EPOCH or end == STEPS
         arguments = ["--config", str(config), "name=moved", f"max_steps={end}"]
+        arguments.append(f"checkpoint.asynchronous={str(world != 2).lower()}")
         run = launch_to_end(engine, arguments, tmp_path, world=world, limit=600)
         assert f"{engine} on {world} ranks" in run.out.read_text()
     moved = tmp_path / "runs" / "moved"
