@@ -23,6 +23,7 @@ from scaletransfer.engine.assemble import (
     make_network,
     make_optimizer,
     say_start,
+    seed_generators,
 )
 from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
@@ -174,6 +175,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
     _check_same_micro_batch(engine)
     if found is not None:
         checkpoints.load_momentum(engine, found)
+    seed_generators(cfg.seed, strategy.rank, 0 if found is None else found.step)
     held = None
     if strategy.rank == 0:
         held = take_folder(folder, cfg, strategy, latest)
@@ -195,6 +197,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
         start=0 if found is None else found.step,
         total=steps,
         mixing=mixing,
+        generators=None if found is None else checkpoints.generator_states(found, strategy.rank, strategy.world),
         keep_best=False,
     )
 
