@@ -18,6 +18,7 @@ from scaletransfer.engine import verify
 from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.data import open_data
+from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
@@ -202,8 +203,10 @@ def check_same_start(engine: Engine, step: int) -> None:
         )
 
 
-def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
+def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None = None) -> Trainer:
     """Everything that a run needs, resumed from the newest complete checkpoint if there is one. All ranks call this.
+
+    guard: what surrounds the run; None: nothing does.
 
     Raises:
         ValueError: configuration, data or checkpoint that do not fit; EngineMismatch: another engine than asked for.
@@ -261,6 +264,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         start=0 if found is None else found.step,
         total=total,
         best=None if found is None else found.facts.get("best"),
+        skipped=0 if found is None else int(found.facts.get("skipped") or 0),
+        guard=guard or Guard(),
         reading=Reading(max_bad=cfg.data.max_bad_samples),
         worker_kind=cfg.data.worker_kind,
     )

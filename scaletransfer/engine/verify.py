@@ -249,10 +249,14 @@ class FirstStep:
             grads = self.engine.zero.fp32_groups_gradient_flat_partition
         self.norm_made = self._norm([_square(g) for g in grads])
 
-    def after_step(self) -> None:
-        """Raises EngineMismatch on gradients that were changed on the way, or on bytes that the strategy denies."""
+    def discard(self) -> None:
+        """Measure nothing: the step was left out."""
         for hook in self._hooks:
             hook.remove()
+
+    def after_step(self) -> None:
+        """Raises EngineMismatch on gradients that were changed on the way, or on bytes that the strategy denies."""
+        self.discard()
         self._check_reached()
         given = self._norm(self._given)
         _must(
