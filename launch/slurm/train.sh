@@ -67,10 +67,14 @@ finish() {
         state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
         if [ "$state" = RUNNING ]; then
             echo "$(date '+%F %T') stopped (${folder:-before it began}): queued again"
-            scontrol requeue "$SLURM_JOB_ID" && exit 75
+            if scontrol requeue "$SLURM_JOB_ID"; then
+                trap - TERM USR1
+                sleep 300 # the controller ends this script; if it ended by itself, the job might count as failed
+                exit 75
+            fi
             echo "note: this job cannot be queued again; the same sbatch command goes on" >&2
         else
-            echo "$(date '+%F %T') stopped; the job is $state: the same sbatch command goes on"
+            echo "$(date "+%F %T") stopped; the job is over ($state): the same sbatch command goes on"
         fi
         exit 75
     fi
