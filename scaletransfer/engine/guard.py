@@ -16,7 +16,7 @@ from scaletransfer.engine import marks
 from scaletransfer.engine.rehearsal import end_group, join
 from scaletransfer.engine.stopping import Stopping
 from scaletransfer.engine.strategy import Strategy
-from scaletransfer.engine.watch import LOST, Watch, leave, say
+from scaletransfer.engine.watch import LOST, Watch, leave
 
 MESSAGES = re.compile(r"gloo|NCCL|c10d|ProcessGroup|Connection (closed|reset)|[Tt]imed out|Broken pipe")
 """How errors of collectives read: gloo's are plain RuntimeErrors."""
@@ -95,18 +95,20 @@ class Guard:
         if isinstance(error, (*MENDABLE, yaml.YAMLError)):
             if watch.rank:  # what rank 0 refuses all refuse, and it shall say so; it may be slower
                 watch.wait(1.0 if watch.running else 10.0)
-            sentence = sentence_of(error)
-            verdict = watch.claim(watch.rank, sentence, 2)
-            if verdict.by == watch.rank:
+
+            def speak() -> None:
                 line = say_error(error, f"[{mine}] " if watch.rank else "")
                 self._failed(line.removeprefix("error: "))
+
+            verdict = watch.claim(watch.rank, sentence_of(error), 2, speak)
             leave(verdict.status, verdict.sentence)
         sentence = f"{mine} failed: {type(error).__name__}: {sentence_of(error)}; its traceback stands above"
-        verdict = watch.claim(watch.rank, sentence, LOST)
-        if verdict.by == watch.rank:
+
+        def show() -> None:
             traceback.print_exception(error)
-            say(sentence)
-            self._failed(sentence)
+            watch.speak(sentence)
+
+        verdict = watch.claim(watch.rank, sentence, LOST, show)
         leave(verdict.status, verdict.sentence)
 
     def _cut_off(self, watch: Watch, error: RuntimeError) -> NoReturn:
@@ -122,7 +124,4 @@ class Guard:
             why = f"{names} is {what}" if behind else "no rank is known to be gone or late"
             sentence = f"{mine} cannot reach the others: {why} ({first})"
             verdict = watch.claim(behind[0] if behind else -1, sentence, LOST)
-            if verdict.by == watch.rank:
-                say(sentence)
-                self._failed(sentence)
         leave(verdict.status, verdict.sentence)

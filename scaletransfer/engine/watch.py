@@ -148,8 +148,11 @@ class Watch:
         known = self.who.get(rank)
         return f"rank {rank}" if known is None else f"rank {rank} on {known[0]} (process {known[1]})"
 
-    def claim(self, about: int, sentence: str, status: int) -> Verdict:
-        """Say why the run ends, unless somebody else has; the verdict that holds."""
+    def claim(self, about: int, sentence: str, status: int, speak: Callable[[], None] | None = None) -> Verdict:
+        """Find why the run ends, unless somebody else has; the verdict that holds.
+
+        speak: says it, called where this verdict holds and before any other thread hears of it and ends the process.
+        """
         with self._lock:
             if self._verdict is not None:
                 return self._verdict
@@ -158,7 +161,14 @@ class Watch:
                 kept = self._ask.compare_set("verdict", "", mine) if self._ask is not None else mine
             except RuntimeError:  # the store is out of reach: each rank that is cut off speaks for itself
                 kept = mine
+            if kept in (mine, mine.encode()):
+                (speak or (lambda: self.speak(sentence)))()
             return self._take(kept)
+
+    def speak(self, sentence: str) -> None:
+        """Say it, and keep it in the run folder."""
+        print(f"\nerror: {sentence}", file=sys.stderr, flush=True)  # below whatever progress bar stands there
+        self.failed(sentence)
 
     def wait(self, seconds: float) -> Verdict | None:
         """The verdict, if there is one within so many seconds."""
@@ -261,16 +271,16 @@ class Watch:
                 f"{self.name(rank)} is gone: it was killed (by somebody, or for lack of memory) or it crashed; the run "
                 "ends, the same command goes on from the last checkpoint"
             )
-            self._speak(rank, sentence)
+            self.claim(rank, sentence, LOST)
 
-    def _look(self, now: float, stood: float) -> None:
+    def _look(self, now: float, stood: float) -> Verdict | None:
         minutes = f"(failing.timeout_minutes is {self.minutes:g})"
         if now - self._heard > self._limit:
             sentence = (
                 f"{self.name(self.rank)} has heard nothing from the launcher of rank 0 at {os.environ['MASTER_ADDR']} "
                 f"for {now - self._heard:.0f} s {minutes}: that host is gone, or the network between them is"
             )
-            return self._speak(0, sentence)
+            return self.claim(0, sentence, LOST)
         if now - self._heard > 4 * self._period:
             return None  # what we know of the others is old
         beats = list(self._beats.items())
@@ -280,7 +290,7 @@ class Watch:
                     f"{self.name(rank)} has said nothing for {now - beat.changed:.0f} s {minutes}: its process is "
                     "stopped or hangs, its host is gone, or the network to it is"
                 )
-                return self._speak(rank, sentence)
+                return self.claim(rank, sentence, LOST)
         standing = [stood, *(beat.stood for _, beat in beats)]
         running = self.running and all(beat.phase != STARTING for _, beat in beats)
         if self.rank == 0 and running and now - max(standing) > self._limit:
@@ -292,14 +302,8 @@ class Watch:
             else:
                 where = f"{PHASES[self._progress[1]]} (step {self._progress[0]})"
                 sentence = f"no rank has got on {for_}: all are {where}; a link between hosts or a device may hang"
-            return self._speak(behind[0] if behind else -1, sentence)
+            return self.claim(behind[0] if behind else -1, sentence, LOST)
         return None
-
-    def _speak(self, about: int, sentence: str) -> None:
-        verdict = self.claim(about, sentence, LOST)
-        if verdict.by == self.rank and verdict.sentence == sentence:
-            say(sentence)
-            self.failed(sentence)
 
     def _end(self) -> None:
         """End this process, and a silent one of this host, which its launcher would wait for."""
@@ -319,11 +323,6 @@ class Watch:
         except OSError:
             # It has just ended, or the container forbids the call: its silence will tell, later.
             return
-
-
-def say(sentence: str) -> None:
-    """One line on stderr, below whatever progress bar stands there."""
-    print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
 
 
 def leave(status: int, sentence: str) -> NoReturn:
