@@ -22,6 +22,7 @@ from scaletransfer.engine.checkpoint_fetch import LATEST, Start, place
 from scaletransfer.engine.checkpoint_upload import Uploader
 from scaletransfer.engine.data import open_data, remote_settings
 from scaletransfer.engine.filling import Values
+from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
@@ -206,8 +207,10 @@ def check_same_start(engine: Engine, step: int) -> None:
         )
 
 
-def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
+def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None = None) -> Trainer:
     """Everything that a run needs, resumed from the newest complete checkpoint if there is one. All ranks call this.
+
+    guard: what surrounds the run; None: nothing does.
 
     Raises:
         ValueError: configuration, data or checkpoint that do not fit; EngineMismatch: another engine than asked for.
@@ -278,6 +281,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         best=None if found is None else found.facts.get("best"),
         generators=None if found is None else checkpoints.generator_states(found, strategy.rank, strategy.world),
         away=uploader(cfg) if strategy.rank == 0 else None,
+        skipped=0 if found is None else int(found.facts.get("skipped") or 0),
+        guard=guard or Guard(),
         reading=Reading(max_bad=cfg.data.max_bad_samples),
         worker_kind=cfg.data.worker_kind,
     )

@@ -267,10 +267,14 @@ class FirstStep:
         self.measured.gradients = measured_gradients(self.engine)
         self.norm_made = self._norm([_square(g) for g in made_gradients(self.engine)])
 
-    def after_step(self) -> None:
-        """Raises EngineMismatch on gradients that were changed on the way, or on bytes that the strategy denies."""
+    def discard(self) -> None:
+        """Measure nothing: the step was left out."""
         for hook in self._hooks:
             hook.remove()
+
+    def after_step(self) -> None:
+        """Raises EngineMismatch on gradients that were changed on the way, or on bytes that the strategy denies."""
+        self.discard()
         self._check_reached()
         given = self._norm(self._given)
         _must(
