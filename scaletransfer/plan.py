@@ -53,9 +53,11 @@ class Row:
     impossible: str | None
     """Why this engine cannot run on these ranks at all; the rest is None then."""
     memory: Memory | None = None
+    state: int = 0
+    """Bytes of parameters, masters, gradients and momentum alone, which are there in every step."""
     fits: bool = False
     certain: bool = False
-    """It does not fit whatever the micro-batch: parameters, masters and momentum alone are too much."""
+    """It does not fit whatever the micro-batch: ``state`` alone is too much."""
     traffic: Traffic | None = None
     time: Time | None = None
     advice: Advice | None = None
@@ -98,7 +100,7 @@ class Plan:
         """Plain data: dataclasses as objects, with each row's total bytes, step time and what bounds it."""
         found = asdict(self)
         for plain, row in zip(found["rows"], self.rows, strict=True):
-            for key, names in (("memory", ("total", "state")), ("traffic", ("total",)), ("time", ("step", "bound"))):
+            for key, names in (("memory", ("total",)), ("traffic", ("total",)), ("time", ("step", "bound"))):
                 if plain[key] is not None:
                     plain[key] |= {name: getattr(getattr(row, key), name) for name in names}
         found["device"]["usable"] = self.device.usable
@@ -147,12 +149,14 @@ class Planner:
         found = estimator.memory(engine, cfg.micro_batch)
         sent = traffic(engine, job, agc_units(cfg, job) if engine not in ("single", "ddp") else 0)
         fits = found.total <= self.device.usable
+        state = job.held(engine).total - found.host
         return Row(
             engine=engine,
             impossible=None,
             memory=found,
+            state=state,
             fits=fits,
-            certain=found.state > self.device.usable,
+            certain=state > self.device.usable,
             traffic=sent,
             time=step_time(
                 engine,

@@ -123,15 +123,11 @@ class Memory:
     """Not on the GPU but in its host's memory, for each GPU."""
 
     @property
-    def state(self) -> int:
-        """What is there at every moment: parameters, masters, momentum. What does not fit here fits nowhere."""
-        return self.parameters + self.momentum
-
-    @property
     def total(self) -> int:
         return (
-            self.state
+            self.parameters
             + self.gradients
+            + self.momentum
             + math.ceil((self.activations + self.gathered) * FRAGMENTATION)
             + self.buckets
             + self.update

@@ -94,7 +94,7 @@ def _instead(row: Row, device: Device) -> str:
     assert row.memory is not None
     needs = f"it needs {gib(row.memory.total)} GiB of {gib(device.usable)}"
     if row.certain:
-        return f"{needs}, {gib(row.memory.state)} of them parameters and momentum, whatever the micro-batch"
+        return f"{needs}, {gib(row.state)} of them parameters, gradients and momentum, whatever the micro-batch"
     if row.advice is None:
         return f"{needs}, also with one image a micro-batch"
     way = "with" if row.advice.activation_checkpointing else "without"
