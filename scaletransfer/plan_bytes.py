@@ -16,7 +16,17 @@ from torch import nn
 
 from scaletransfer.memory import FRAGMENTATION
 from scaletransfer.plan_trace import Images, Trace, trace, trace_fsdp
-from scaletransfer.shares import FLOAT, Held, Shape, cut_parameters, flat_share, held, parameter_share, row_share
+from scaletransfer.shares import (
+    FLOAT,
+    Held,
+    Shape,
+    cut_parameters,
+    flat_share,
+    held,
+    parameter_share,
+    persistent,
+    row_share,
+)
 
 Moment = Literal["backward", "reduction", "update"]
 ENGINES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "zero3_offload")
@@ -169,7 +179,11 @@ class Estimator:
         return self._traces[key].live(micro_batch)
 
     def _whole(self, engine: str, micro_batch: int) -> list[Memory]:
-        """Single and ddp: everything whole; ddp's gradients are views of its buckets, which stay."""
+        """Single and ddp: everything whole.
+
+        ddp's gradients are views of its buckets, which stay. Where micro-batches are accumulated, those before the last
+        make gradients of their own beside the buckets.
+        """
         job, h = self.job, self.job.held(engine)
         base = {"parameters": h.parameters + job.buffers, "momentum": h.momentum}
         if engine == "ddp" or job.accumulation > 1:
@@ -182,7 +196,13 @@ class Estimator:
         largest = max(map(math.prod, job.shapes))
         step = job.parameters * min(1, job.temporaries) if job.cuda else largest * job.temporaries
         return [
-            Memory(moment="backward", gradients=gradients, activations=activations, **base),
+            Memory(
+                moment="backward",
+                gradients=gradients,
+                activations=activations,
+                buckets=h.gradients if engine == "ddp" and job.accumulation > 1 else 0,
+                **base,
+            ),
             Memory(moment="update", gradients=h.gradients, update=FLOAT * step, **base),
         ]
 
@@ -272,8 +292,9 @@ class Estimator:
         """ZeRO-3 keeps what backward needs again soon, prefetches, and reduces gradients from a lasting bucket."""
         job, h, rules = self.job, self.job.held(engine), self.job.zero
         away = engine == "zero3_offload" and job.cuda
-        host = h.masters + h.momentum + h.gradients if away else 0
-        parameters = h.parameters + (0 if away else h.masters) + job.buffers
+        small = job.compute * persistent(job.shapes, rules.stage3_param_persistence_threshold)
+        host = h.total - small if away else 0
+        parameters = (small if away else h.parameters + h.masters) + job.buffers
         base = {"parameters": parameters, "momentum": 0 if away else h.momentum, "host": host}
         gradients = 0 if away else h.gradients
         filled = min(job.parameters, rules.reduce_bucket_size)
@@ -281,14 +302,12 @@ class Estimator:
         copies = FLOAT * filled * (1 if job.compute == FLOAT else 2)
         once = job.parameters <= rules.reduce_bucket_size
         gathered = job.compute * gathered_numbers(job)
-        gradual = once and not job.cuda
-        live = self._live(micro_batch, "new" if gradual else "taken", native=True)
         backward = Memory(
             moment="backward",
             gradients=gradients,
-            activations=live,
+            activations=self._live(micro_batch, "taken", native=True),
             gathered=gathered,
-            buckets=0 if gradual else bucket + (0 if once else copies),
+            buckets=bucket + (0 if once else copies),
             **base,
         )
         reduction = Memory(moment="reduction", gradients=gradients, buckets=bucket + copies, **base)
@@ -321,10 +340,12 @@ def gathered_numbers(job: Job) -> int:
     """Numbers of parameters that are whole at once under ZeRO-3, beside the small ones that always are.
 
     What is kept for backward, and what is fetched ahead: ``stage3_prefetch_bucket_size``, and the parameter over it.
+    What is fetched together comes in one flat tensor, which lives beside the parameters that are copied out of it until
+    the last of them is used.
     """
     sizes = _large(job)
-    largest = max(sizes, default=0)
-    return min(sum(sizes), kept_for_backward(job) + job.zero.stage3_prefetch_bucket_size + largest)
+    ahead = min(sum(sizes), job.zero.stage3_prefetch_bucket_size + max(sizes, default=0))
+    return ahead + min(sum(sizes), kept_for_backward(job) + ahead)
 
 
 def _large(job: Job) -> list[int]:

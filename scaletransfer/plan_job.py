@@ -11,7 +11,7 @@ from torch import nn
 
 from scaletransfer.config import PretrainConfig, accumulation
 from scaletransfer.engine.assemble import make_network, make_optimizer
-from scaletransfer.engine.build import deepspeed_settings
+from scaletransfer.engine.build_zero import deepspeed_settings
 from scaletransfer.engine.data import open_data
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.ledger import size_of

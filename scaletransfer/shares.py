@@ -131,9 +131,11 @@ def held(
         )
     assert engine in ("zero3", "zero3_offload"), engine
     share = parameter_share(shapes, world)
+    # With offload a second copy: where micro-batches are added up, and what the optimizer is given.
+    copies = 2 if engine == "zero3_offload" else 1
     return Held(
         parameters=compute * (share + persistent(shapes, threshold)),
         masters=FLOAT * share,
-        gradients=FLOAT * share,
+        gradients=copies * FLOAT * share,
         momentum=FLOAT * share * momentum,
     )
