@@ -158,8 +158,8 @@ def launch(
     Without an engine, `python -m <module> <arguments>`: one process, and no launcher to wait for.
     """
     mark = uuid.uuid4().hex
-    tests = str(REPOSITORY / "tests")
-    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # this checkout's code, whatever is installed
+    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m"]
     if engine is not None:
         command += ["accelerate.commands.launch", "--config_file", str(REPOSITORY / "launch" / f"{engine}.yaml")]

@@ -203,8 +203,17 @@ def check_same_start(engine: Engine, step: int) -> None:
         )
 
 
-def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
+def build_trainer(
+    cfg: PretrainConfig,
+    strategy: Strategy,
+    *,
+    dry: bool = False,
+    weigh: Callable[[PretrainConfig, Strategy, int], None] | None = None,
+) -> Trainer:
     """Everything that a run needs, resumed from the newest complete checkpoint if there is one. All ranks call this.
+
+    dry: nothing is written, and the trainer must not run. weigh: called with the number of classes before anything
+    large is allocated; it refuses by ValueError.
 
     Raises:
         ValueError: configuration, data or checkpoint that do not fit; EngineMismatch: another engine than asked for.
@@ -217,6 +226,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
             )
     steps = accumulation(cfg, strategy.world)
     train, valid, names = open_data(cfg)
+    if weigh is not None:
+        weigh(cfg, strategy, len(names))
     assert train.order is not None
     total = cfg.epochs * train.order.steps_per_epoch
     total = total if cfg.max_steps is None else min(total, cfg.max_steps)
@@ -244,9 +255,10 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
     if found is not None:
         checkpoints.load_momentum(engine, found)
     held = None
-    if strategy.rank == 0:  # only now: what does not fit leaves no folder behind
+    if strategy.rank == 0 and not dry:  # only now: what does not fit leaves no folder behind
         held = take_folder(folder, cfg, strategy, latest)
-    say_start(engine, found, total)
+    if not dry:
+        say_start(engine, found, total)
     return Trainer(
         cfg=cfg,
         engine=engine,
