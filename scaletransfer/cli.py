@@ -46,6 +46,9 @@ COMMANDS = {
         "scaletransfer.check_data:main", "look at shards before training: labels, patients, copies, pixels"
     ),
     "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),
+    "plan": Command(
+        "scaletransfer.plan:main", "what a pre-training run would take: memory, traffic, least time by engine"
+    ),
     "pretrain": Command("scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"),
     "finetune": Command(
         "scaletransfer.finetune:main", "train a pre-trained network on another data set, few-shot or full"

@@ -207,10 +207,19 @@ def check_same_start(engine: Engine, step: int) -> None:
         )
 
 
-def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None = None) -> Trainer:
+def build_trainer(
+    cfg: PretrainConfig,
+    strategy: Strategy,
+    guard: Guard | None = None,
+    *,
+    dry: bool = False,
+    weigh: Callable[[PretrainConfig, Strategy, int], None] | None = None,
+) -> Trainer:
     """Everything that a run needs, resumed from the newest complete checkpoint if there is one. All ranks call this.
 
     guard: what surrounds the run; None: nothing does.
+    dry: nothing is written, and the trainer must not run. weigh: called with the number of classes before anything
+    large is allocated; it refuses by ValueError.
 
     Raises:
         ValueError: configuration, data or checkpoint that do not fit; EngineMismatch: another engine than asked for.
@@ -223,6 +232,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None =
             )
     steps = accumulation(cfg, strategy.world)
     train, valid, names = open_data(cfg)
+    if weigh is not None:
+        weigh(cfg, strategy, len(names))
     assert train.order is not None
     total = cfg.epochs * train.order.steps_per_epoch
     total = total if cfg.max_steps is None else min(total, cfg.max_steps)
@@ -235,7 +246,7 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None =
     remote = remote_settings(cfg.data.remote)
     start = Start(
         folder / "checkpoints",
-        place(cfg.checkpoint.resume, cfg.checkpoint.upload, cfg.name),
+        None if dry else place(cfg.checkpoint.resume, cfg.checkpoint.upload, cfg.name),
         demanded=cfg.checkpoint.resume != LATEST,
         accept=lambda checkpoint: check_continues(checkpoint, facts),
         remote=remote,
@@ -261,9 +272,10 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None =
         checkpoints.load_momentum(engine, found)
     seed_generators(cfg.seed, strategy.rank, 0 if found is None else found.step)
     held = None
-    if strategy.rank == 0:  # only now: what does not fit leaves no folder behind
+    if strategy.rank == 0 and not dry:  # only now: what does not fit leaves no folder behind
         held = take_folder(folder, cfg, strategy, None if found is None else found.folder)
-    say_start(engine, found, total)
+    if not dry:
+        say_start(engine, found, total)
     return Trainer(
         cfg=cfg,
         engine=engine,

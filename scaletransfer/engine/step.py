@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scaletransfer.engine.build import Engine
-from scaletransfer.engine.holdings import measured_gradients
+from scaletransfer.engine.holdings import made_gradients
 from scaletransfer.engine.stopping import Late
 from scaletransfer.engine.zero_memory import forget_gradients
 from scaletransfer.losses import Loss
@@ -110,7 +110,7 @@ def no_step(engine: Engine, stop: bool = False) -> StepResult:
 
 def _finite(engine: Engine, loss: Tensor) -> bool:
     """Whether the loss and the gradient of all ranks are finite; the same answer on all."""
-    norms = [torch.linalg.vector_norm(flat(gradient)) for gradient in measured_gradients(engine)]
+    norms = [torch.linalg.vector_norm(flat(gradient)) for gradient in made_gradients(engine)]
     odd = ~torch.isfinite(torch.stack([loss, *(norm.to(loss.dtype) for norm in norms)])).all()
     return not bool(engine.sum_over_ranks(odd.to(torch.int64)))
 

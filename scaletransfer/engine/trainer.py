@@ -27,6 +27,7 @@ from scaletransfer.engine.runlog import RunLog, validated
 from scaletransfer.engine.settings import Mixing, RunSettings
 from scaletransfer.engine.step import StepResult, no_step, train_step
 from scaletransfer.engine.stopping import Late
+from scaletransfer.engine.telling import arithmetic, say_shares
 from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler
 from scaletransfer.losses import Loss
 from scaletransfer.streams import WorkerKind, batches, dead_workers_named, make_loader
@@ -127,7 +128,8 @@ class Trainer:
     def _loop(self) -> None:
         verified = False
         for step, group in enumerate(self._steps(), self.start + 1):
-            self._say_shares(step)
+            if self.engine.rank == 0:
+                say_shares(self.log, self.train, step, begins=step == self.start + 1)
             known = self._anything_known(step)
             first = self._first_step() if known and not verified else None
             result = self._step(step, group, first, known)
@@ -138,7 +140,9 @@ class Trainer:
                 self.guard.tick(step, watch.LOGGING)
                 self._flush()
             if first is not None and not result.skipped:
-                self.log.say(verify.table(self.engine, first, self._arithmetic()))
+                self.log.say(
+                    verify.table(self.engine, first, arithmetic(self.cfg.global_batch, self.engine, self.train))
+                )
             if self._validation_due(step) and not stop:
                 self._flush()
                 stop = not self._validate(step)
@@ -176,23 +180,6 @@ class Trainer:
                     set_generators(self.generators, engine.device)
                     self.generators = None
                 yield group
-
-    def _say_shares(self, step: int) -> None:
-        """What share of an epoch's samples each source has: logged where an epoch begins, said where a run does."""
-        order = self.train.order
-        assert order is not None
-        epoch, into = divmod(step - 1, order.steps_per_epoch)
-        begins = step == self.start + 1
-        if self.engine.rank != 0 or len(order.sizes) == 1 or (into and not begins):
-            return
-        shares = order.shares(epoch)
-        folders = [source.index.where for source in self.train.sources]
-        if not into:
-            self.log.row({"event": "epoch", "step": step, "epoch": epoch, "shares": shares, "folders": folders})
-            self.log.scalars(step, {f"data/share_{place}": share for place, share in enumerate(shares)})
-        if begins:
-            text = ", ".join(f"{folder} {share:.2%}" for folder, share in zip(folders, shares, strict=True))
-            self.log.say(f"samples of epoch {epoch}: {text}")
 
     def _first_step(self) -> verify.FirstStep:
         return verify.FirstStep(self.engine, momentum=self.cfg.optimizer.momentum > 0)
@@ -312,14 +299,6 @@ class Trainer:
             f"samples whose keys and positions stand in {self.folder / marks.nonfinite_name(step)}; the checkpoints "
             "before it are sound"
         )
-
-    def _arithmetic(self) -> list[tuple[str, str]]:
-        cfg, engine = self.cfg, self.engine
-        assert self.train.order is not None
-        parts = f"{engine.world} ranks x {engine.micro_batch} images x {engine.accumulation} micro-batches"
-        order = self.train.order
-        epoch = f"{order.steps_per_epoch} steps of {sum(order.sizes)} samples in {len(order.sizes)} source(s)"
-        return [("batch", f"{cfg.global_batch} = {parts}"), ("epoch", epoch)]
 
     @staticmethod
     def _due(step: int, every: int | None) -> bool:
