@@ -27,7 +27,7 @@ from scaletransfer.engine.runlog import RunLog, validated
 from scaletransfer.engine.settings import Mixing, RunSettings
 from scaletransfer.engine.step import StepResult, no_step, train_step
 from scaletransfer.engine.stopping import Late
-from scaletransfer.engine.telling import arithmetic, say_shares
+from scaletransfer.engine.telling import arithmetic, sample_keys, say_shares
 from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler
 from scaletransfer.losses import Loss
 from scaletransfer.streams import WorkerKind, batches, dead_workers_named, make_loader
@@ -140,9 +140,8 @@ class Trainer:
                 self.guard.tick(step, watch.LOGGING)
                 self._flush()
             if first is not None and not result.skipped:
-                self.log.say(
-                    verify.table(self.engine, first, arithmetic(self.cfg.global_batch, self.engine, self.train))
-                )
+                rows = arithmetic(self.cfg.global_batch, self.engine, self.train)
+                self.log.say(verify.table(self.engine, first, rows))
             if self._validation_due(step) and not stop:
                 self._flush()
                 stop = not self._validate(step)
@@ -255,14 +254,9 @@ class Trainer:
         batch = self.cfg.global_batch
         verify.check_positions(read[:, 0], step - 1, batch)
         read = read[read[:, 0].argsort()]
-        order = self.train.order
-        assert order is not None
-        source, _ = order.locate(read[:, 0].numpy())
-        words = read[:, 1].numpy().view(np.uint64)
-        prefix = [chosen.index.source for chosen in self.train.sources]
-        keys = "\n".join(f"{prefix[s]}-{int(w):016x}" for s, w in zip(source, words, strict=True))
+        keys = sample_keys(self.train, read)
         if skipped or not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(step, loss, norm, keys.split("\n"), read[:, 0].tolist(), skipped)
+            self._not_finite(step, loss, norm, keys, read[:, 0].tolist(), skipped)
         if skipped:
             return
         row: dict[str, Any] = {
@@ -274,7 +268,7 @@ class Trainer:
         }
         if clipped == clipped:
             row["clipped_units"] = clipped
-        row["keys_sha256"] = hashlib.sha256(keys.encode()).hexdigest()
+        row["keys_sha256"] = hashlib.sha256("\n".join(keys).encode()).hexdigest()
         self.log.row(row)
 
     def _not_finite(
