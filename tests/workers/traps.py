@@ -164,7 +164,8 @@ def cpu_adam(patch: Patch) -> None:
 
 
 def nothing_offloaded(patch: Patch) -> None:
-    deepspeed_settings(patch, lambda s: s.update(zero_optimization={"stage": 3}))
+    none = {"device": "none"}
+    deepspeed_settings(patch, lambda s: s["zero_optimization"].update(offload_param=none, offload_optimizer=none))
 
 
 def backward_steps(patch: Patch) -> None:
