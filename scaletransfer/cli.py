@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import re
 import sys
@@ -17,6 +18,13 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
+
+STOPPED = 75
+"""Exit status of a command that was stopped by a signal and saved its work: start it again to go on (EX_TEMPFAIL)."""
+
+
+class Stopped(Exception):
+    """The command was stopped by a signal and saved its work."""
 
 
 class Command(NamedTuple):
@@ -38,6 +46,9 @@ COMMANDS = {
         "scaletransfer.check_data:main", "look at shards before training: labels, patients, copies, pixels"
     ),
     "config": Command("scaletransfer.config:config_main", "print the configuration that a run would have"),
+    "plan": Command(
+        "scaletransfer.plan:main", "what a pre-training run would take: memory, traffic, least time by engine"
+    ),
     "pretrain": Command("scaletransfer.pretrain:main", "train a network (several processes: accelerate launch)"),
     "finetune": Command(
         "scaletransfer.finetune:main", "train a pre-trained network on another data set, few-shot or full"
@@ -145,8 +156,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """Call `main(argv)` (default: the process's arguments) and return the exit status for it.
 
     What a person can mend (ValueError, OSError, YAML errors) is one line `error: ...` on stderr and status 2;
-    SCALETRANSFER_TRACEBACK=1 adds the traceback. Ctrl-C is 130, a closed pipe 141. Any other exception is a
-    defect of ours and passes through.
+    SCALETRANSFER_TRACEBACK=1 adds the traceback. A run that a signal stopped is 75, Ctrl-C 130, a closed pipe 141. Any
+    other exception is a defect of ours and passes through. A launcher of several processes ends with 1 whatever the
+    status of theirs; it repeats the line.
     """
     import yaml  # here, so that `--help` does without
 
@@ -154,6 +166,11 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         status = main(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()  # a closed pipe shows here and not at exit, where Python prints it
         return status
+    except Stopped as end:
+        if not _rank():
+            print(f"stopped: {end}", file=sys.stderr)
+        record(f"stopped: {end}")
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -162,16 +179,40 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, yaml.YAMLError) as error:
-        if os.environ.get("SCALETRANSFER_TRACEBACK", "") not in ("", "0"):
-            traceback.print_exc()
         _wait_for_rank0()
-        if _rank() and os.environ.get("WORLD_SIZE", "1") != "1":
-            print(file=sys.stderr)  # rank 0's progress bar stands on the line that this rank writes to
-        print(f"error: {_rank()}{_sentence(error)}", file=sys.stderr)
+        say_error(error, _rank())
         return 2
 
 
-def _sentence(error: Exception) -> str:
+MENDABLE = (ValueError, OSError)
+"""What a person can mend (YAML's errors are a third kind): one line, no traceback."""
+
+
+def say_error(error: Exception, who: str = "") -> str:
+    """Print what a person can mend as one line `error: ...`, with the name of the rank that says it; the line."""
+    if os.environ.get("SCALETRANSFER_TRACEBACK", "") not in ("", "0"):
+        traceback.print_exception(error)
+    if who and os.environ.get("WORLD_SIZE", "1") != "1":
+        print(file=sys.stderr)  # rank 0's progress bar stands on the line that this rank writes to
+    line = f"error: {who}{sentence_of(error)}"
+    print(line, file=sys.stderr, flush=True)
+    record(line)
+    return line
+
+
+def record(line: str) -> None:
+    """Let torch's launcher show this line as the last of what it says of this process, behind its own traceback.
+
+    The file's form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if path and not os.path.exists(path):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+
+
+def sentence_of(error: Exception) -> str:
     """The error as one line."""
     if isinstance(error, OSError) and error.strerror:
         names = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)

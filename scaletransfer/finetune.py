@@ -4,7 +4,8 @@
     scaletransfer finetune --pretrain-config configs/chexpert_bit50x1.yaml --finetune-config FILE --logdir DIR
 
 The folder DIR holds train/<class>/<image> and val/<class>/<image>, or <class>/<image> alone. What is not said is
-inferred and printed: classes, resolution, schedule, micro-batch. The same command continues an interrupted run.
+inferred and printed: classes, resolution, schedule, micro-batch. The same command continues an interrupted run; SIGTERM
+or SIGUSR1 stops it after its step, with a checkpoint and exit status 75.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from scaletransfer.cli import CommandParser, callable_module, run_command
 from scaletransfer.config import FinetuneConfig, PretrainConfig, describe, load_config, to_yaml
 from scaletransfer.engine.assemble import check_continues
-from scaletransfer.engine.rehearsal import end_group
-from scaletransfer.engine.strategy import asked
+from scaletransfer.engine.guard import Guard
+from scaletransfer.engine.strategy import Strategy, asked
 from scaletransfer.transfer import run
 from scaletransfer.transfer.network import title_of
 from scaletransfer.transfer.plan import make_plan
@@ -61,9 +62,18 @@ def finetune(
     Raises:
         ValueError: what a person can mend. Nothing is written before everything has been checked.
     """
-    strategy = asked(cuda=torch.cuda.is_available())
+    return _finetune(Path(logdir), cfg, pretrain, pretrain_name, asked(cuda=torch.cuda.is_available()), None)
+
+
+def _finetune(
+    folder: Path,
+    cfg: FinetuneConfig,
+    pretrain: PretrainConfig | None,
+    pretrain_name: str | None,
+    strategy: Strategy,
+    guard: Guard | None,
+) -> dict[str, Any]:
     device = torch.device("cpu" if strategy.cpu else f"cuda:{strategy.local_rank}")
-    folder = Path(logdir)
     going = run.start_of(folder)
     before = run.read_resolved(folder)
     run.check_folder(folder, going, cfg)
@@ -82,9 +92,9 @@ def finetune(
         if strategy.rank == 0:
             print(f"{folder} is complete: its result stands in result.json")
         return read_result(folder)
-    trainer = run.build(plan, strategy, folder)
+    trainer = run.build(plan, strategy, folder, guard)
     try:
-        if trainer.start < trainer.total:
+        if not trainer.complete():
             trainer.run()
         return run.finish(plan, trainer, folder)
     finally:
@@ -153,8 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(to_yaml(cfg))
         return 0
     logdir = options["logdir"] or default_logdir(cfg, pretrain_name)
-    finetune(logdir, cfg, pretrain=pretrain, pretrain_name=pretrain_name)
-    end_group()
+    strategy = asked(cuda=torch.cuda.is_available())
+    with Guard(strategy, cfg.failing) as guard:
+        _finetune(logdir, cfg, pretrain, pretrain_name, strategy, guard)
     return 0
 
 

@@ -1,7 +1,8 @@
 """What a training step allocates and frees, in order, found on fake tensors: shapes and types without values.
 
 `record` runs forward and backward of a network in a ledger that sees every storage come and go, those of recomputed
-blocks included. Nothing is allocated, and no accelerator has to be there.
+blocks included. Nothing is allocated, and no accelerator has to be there. FSDP2 makes and drops its gathered blocks by
+resizing storages, which the ledger sees as well.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from scaletransfer.units import local
 
 CONVOLUTION_COPIES = 1
 """Copies of all operands (input, weight, output, and their gradients) that a convolution makes while it runs. cuDNN's
@@ -59,23 +63,36 @@ def fake_network(create: Callable[[], nn.Module]) -> Iterator[nn.Module]:
 
 
 def record(
-    network: nn.Module, micro_batch: int, channels: int, size: int, *, bf16: bool, device_type: str
+    network: nn.Module,
+    micro_batch: int,
+    channels: int,
+    size: int,
+    *,
+    bf16: bool,
+    device_type: str,
+    gradients: Literal["there", "new", "taken"] = "there",
 ) -> tuple[list[int], int]:
-    """Run forward and backward of the second micro-batch of a step, when the gradients are there.
+    """Run forward and backward of one micro-batch.
 
     Args:
         network: of fake tensors; a real one would be trained for real, with the same result.
         micro_batch, channels, size: uint8 images [micro_batch, channels, size, size], made float32 on the device.
         bf16: forward runs under autocast; device_type: by the rules of this device, "cuda" or "cpu".
+        gradients: "there": it is not the first micro-batch of its step, and is added to what the others left.
+            "new": it is the first one, and gradients come into being. "taken": whoever runs the network takes each
+            gradient away when it is made, as DeepSpeed does.
 
     Returns:
         The bytes of each storage as it is made (positive) and freed (negative), without those of parameters, buffers
-        and gradients; and the index of the last one in forward: the sum up to there is what backward needs.
+        and gradients that were there; and the index of the last one in forward: the sum up to there is what backward
+        needs.
     """
-    for p in network.parameters():
-        p.grad = torch.empty_like(p) if p.requires_grad else None
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    ledger = _Ledger([*network.parameters(), *network.buffers(), *gradients])
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.empty_like(p) if gradients == "there" else None
+    known = [p.grad for p in trained if p.grad is not None]
+    ledger = _Ledger([*network.parameters(), *network.buffers(), *known])
+    hooks = [p.register_post_accumulate_grad_hook(_take) for p in trained if gradients == "taken"]
     collecting = gc.isenabled()
     gc.disable()  # or cycles would end at another place of each run
     try:
@@ -88,9 +105,15 @@ def record(
             mark = len(ledger.changes) - 1
             logits.float().sum().backward()
     finally:
+        for hook in hooks:
+            hook.remove()
         if collecting:
             gc.enable()
     return ledger.changes, mark
+
+
+def _take(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @contextmanager
@@ -122,29 +145,59 @@ class _Ledger(TorchDispatchMode):
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.changes: list[int] = []
-        self._living: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+        self._sizes: dict[int, int] = {}
+        self._living: dict[int, Any] = {}
+        for tensor in known:
+            self._know(local(tensor).untyped_storage())
+
+    def __enter__(self) -> _Ledger:
+        resize, ledger = torch.UntypedStorage.resize_, self
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            ledger._resize(storage, size)
+            return resize(storage, size)
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resized)
+        self._patch.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.__exit__(*error)
+        self._living.clear()  # what goes from now on is no part of the micro-batch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in made:
-            self._enter(tensor)
+            self._enter(local(tensor).untyped_storage())
         if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
             operands = [t for t in tree_leaves(args) if isinstance(t, Tensor)] + made
             workspace = CONVOLUTION_COPIES * sum(size_of(t) for t in operands)
             self.changes += [workspace, -workspace]
         return out
 
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._living:
-            self.changes.append(size)
-            self._living[key] = weakref.ref(storage, partial(self._leave, key, size))
+    def _know(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        self._sizes[key] = storage.nbytes()
+        self._living[key] = weakref.ref(storage, partial(self._leave, key))
 
-    def _leave(self, key: int, size: int, _: object) -> None:
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._living:
+            self._know(storage)
+            self.changes.append(storage.nbytes())
+
+    def _resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        if storage._cdata not in self._living:
+            self._know(storage)  # made before the ledger was opened
+        before = self._sizes[storage._cdata]
+        if size != before:
+            self.changes.append(size - before)
+            self._sizes[storage._cdata] = size
+
+    def _leave(self, key: int, _: object) -> None:
         del self._living[key]
-        self.changes.append(-size)
+        self.changes.append(-self._sizes.pop(key))
 
 
 def size_of(tensor: Tensor) -> int:

@@ -240,13 +240,7 @@ def _estimate(
     bf16 = precision == "bf16"
     first, mark = record(network, low, channels, size, bf16=bf16, device_type=device_type)
     second, _ = record(network, high, channels, size, bf16=bf16, device_type=device_type)
-    assert len(first) == len(second), "the number of tensors depends on the micro-batch"
-    fixed = each = 0
-    sums = []
-    for a, b in zip(first, second, strict=True):
-        slope = (b - a) // (high - low)
-        fixed, each = fixed + a - low * slope, each + slope
-        sums.append((fixed, each))
+    sums = moments(first, second, low, high)
     return Estimate(
         precision=precision,
         activation_checkpointing=way,
@@ -254,11 +248,23 @@ def _estimate(
         state_bytes=kept + trained * (2 if momentum else 1),
         fixed_bytes=sums[mark][0],
         activation_bytes_per_image=sums[mark][1],
-        moments=_fullest(sums),
+        moments=fullest(sums),
     )
 
 
-def _fullest(sums: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def moments(first: list[int], second: list[int], low: int, high: int) -> list[tuple[int, int]]:
+    """(fixed bytes, bytes an image) that live at each moment, from the records of two micro-batches."""
+    assert len(first) == len(second), "the number of tensors depends on the micro-batch"
+    fixed = each = 0
+    sums = []
+    for a, b in zip(first, second, strict=True):
+        slope = (b - a) // (high - low)
+        fixed, each = fixed + a - low * slope, each + slope
+        sums.append((fixed, each))
+    return sums
+
+
+def fullest(sums: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Those (fixed, each) that no other one exceeds in both, by falling bytes an image."""
     kept: list[tuple[int, int]] = []
     for fixed, each in sorted(set(sums), key=lambda pair: (-pair[1], -pair[0])):

@@ -78,6 +78,10 @@ class Slurm:
         self.until(lambda: any(line.startswith(f"{task} PENDING") for line in self.waiting()))
         self.run("scontrol", "update", f"JobId={task}", "StartTime=now")
 
+    def requeue_after_grace(self, job: str) -> None:
+        """`scontrol requeue`: the controller sends SIGTERM, waits for KillWait seconds, kills, and queues again."""
+        self.run("scontrol", "requeue", job)
+
     def until(self, what: Callable[[], object], seconds: float = 60) -> None:
         """Wait until `what()` is true; the daemons' logs if that does not come."""
         deadline = time.monotonic() + seconds

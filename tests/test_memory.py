@@ -247,7 +247,7 @@ def test_description_has_choice_budget_and_alternatives() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=30), st.integers(0, 100))
 def test_dropped_moments_are_never_the_fullest(sums: list[tuple[int, int]], micro_batch: int) -> None:
-    kept = dataclasses.replace(hand_made(False, 0, 0), moments=memory._fullest(sums))
+    kept = dataclasses.replace(hand_made(False, 0, 0), moments=memory.fullest(sums))
     assert kept.live(micro_batch) == max(fixed + micro_batch * each for fixed, each in sums)
     assert set(kept.moments) <= set(sums)
 

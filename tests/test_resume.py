@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -111,10 +112,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, capfd):
     status, _, err = command(capfd, config, *arguments, "epochs=2", "log.every_steps=1")
     lines = [line for line in re.split(r"[\r\n]", err) if "error" in line]
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
-    assert "training has diverged" in lines[0] and "optimizer.base_lr" in lines[0] and "metrics.jsonl" in lines[0]
+    assert "training has diverged" in lines[0] and "optimizer.base_lr" in lines[0]
     found = rows(diverged)
     stop = found[-1]
     assert stop["event"] == "not finite" and len(stop["keys"]) == 16
+    kept = diverged / f"nonfinite-step-{stop['step']:08d}.json"
+    assert str(kept) in lines[0] and json.loads(kept.read_text())["keys"] == stop["keys"]
     assert all(key.startswith("chexpert-") for key in stop["keys"])
     saved = sorted(path.name for path in (diverged / "checkpoints").glob("step-*"))
     assert saved and saved == [f"step-{step:08d}" for step in range(1, stop["step"])][-3:]

@@ -23,6 +23,7 @@ from scaletransfer.config.files import ConfigError
 from scaletransfer.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig
 from scaletransfer.config.schema import (
     CheckpointConfig,
+    FailingConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "FailingConfig",
     "FinetuneConfig",
     "FinetuneDataConfig",
     "FinetuneModelConfig",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from scaletransfer.config.data import LabelPolicyConfig, check_reading
 from scaletransfer.config.files import check
-from scaletransfer.config.schema import CheckpointConfig, LogConfig, OptimizerConfig, ValidateConfig
+from scaletransfer.config.schema import CheckpointConfig, FailingConfig, LogConfig, OptimizerConfig, ValidateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +247,8 @@ class FinetuneConfig:
     """What the run writes about itself."""
     validate: FinetuneValidateConfig = field(default_factory=FinetuneValidateConfig)
     """When the run validates; always at its end."""
+    failing: FailingConfig = field(default_factory=FailingConfig)
+    """What ends a run in which something goes wrong, and when."""
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "of 0 to 2^63 - 1")

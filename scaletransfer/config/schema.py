@@ -198,6 +198,24 @@ class ValidateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FailingConfig:
+    """What ends a run in which something goes wrong, and when."""
+
+    timeout_minutes: float = 10.0
+    """A rank that dies, or does not move, ends the run on all hosts within so many minutes, with a sentence that names
+    it. One step, one batch of a validation and one checkpoint must each take less than half of it."""
+    skip_nonfinite: int = 0
+    """So many steps whose loss or gradient is NaN or infinite are left out (weights and momentum stay as they are)
+    before the next one stops the run; 0: the first one does. More than 0 makes the host wait for the device in every
+    step."""
+
+    def __post_init__(self) -> None:
+        minutes = self.timeout_minutes
+        check(0.1 <= minutes < float("inf"), "failing.timeout_minutes", minutes, "0.1 or more")
+        check(self.skip_nonfinite >= 0, "failing.skip_nonfinite", self.skip_nonfinite, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """A pre-training run."""
 
@@ -232,6 +250,8 @@ class PretrainConfig:
     """What the run writes about itself."""
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     """When the run validates."""
+    failing: FailingConfig = field(default_factory=FailingConfig)
+    """What ends a run in which something goes wrong, and when."""
 
     def __post_init__(self) -> None:
         check(

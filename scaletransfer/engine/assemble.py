@@ -22,6 +22,7 @@ from scaletransfer.engine.checkpoint_fetch import LATEST, Start, place
 from scaletransfer.engine.checkpoint_upload import Uploader
 from scaletransfer.engine.data import open_data, remote_settings
 from scaletransfer.engine.filling import Values
+from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
@@ -206,8 +207,19 @@ def check_same_start(engine: Engine, step: int) -> None:
         )
 
 
-def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
+def build_trainer(
+    cfg: PretrainConfig,
+    strategy: Strategy,
+    guard: Guard | None = None,
+    *,
+    dry: bool = False,
+    weigh: Callable[[PretrainConfig, Strategy, int], None] | None = None,
+) -> Trainer:
     """Everything that a run needs, resumed from the newest complete checkpoint if there is one. All ranks call this.
+
+    guard: what surrounds the run; None: nothing does.
+    dry: nothing is written, and the trainer must not run. weigh: called with the number of classes before anything
+    large is allocated; it refuses by ValueError.
 
     Raises:
         ValueError: configuration, data or checkpoint that do not fit; EngineMismatch: another engine than asked for.
@@ -220,6 +232,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
             )
     steps = accumulation(cfg, strategy.world)
     train, valid, names = open_data(cfg)
+    if weigh is not None:
+        weigh(cfg, strategy, len(names))
     assert train.order is not None
     total = cfg.epochs * train.order.steps_per_epoch
     total = total if cfg.max_steps is None else min(total, cfg.max_steps)
@@ -232,7 +246,7 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
     remote = remote_settings(cfg.data.remote)
     start = Start(
         folder / "checkpoints",
-        place(cfg.checkpoint.resume, cfg.checkpoint.upload, cfg.name),
+        None if dry else place(cfg.checkpoint.resume, cfg.checkpoint.upload, cfg.name),
         demanded=cfg.checkpoint.resume != LATEST,
         accept=lambda checkpoint: check_continues(checkpoint, facts),
         remote=remote,
@@ -258,9 +272,10 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         checkpoints.load_momentum(engine, found)
     seed_generators(cfg.seed, strategy.rank, 0 if found is None else found.step)
     held = None
-    if strategy.rank == 0:  # only now: what does not fit leaves no folder behind
+    if strategy.rank == 0 and not dry:  # only now: what does not fit leaves no folder behind
         held = take_folder(folder, cfg, strategy, None if found is None else found.folder)
-    say_start(engine, found, total)
+    if not dry:
+        say_start(engine, found, total)
     return Trainer(
         cfg=cfg,
         engine=engine,
@@ -278,6 +293,8 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy) -> Trainer:
         best=None if found is None else found.facts.get("best"),
         generators=None if found is None else checkpoints.generator_states(found, strategy.rank, strategy.world),
         away=uploader(cfg) if strategy.rank == 0 else None,
+        skipped=0 if found is None else int(found.facts.get("skipped") or 0),
+        guard=guard or Guard(),
         reading=Reading(max_bad=cfg.data.max_bad_samples),
         worker_kind=cfg.data.worker_kind,
     )

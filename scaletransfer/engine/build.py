@@ -44,6 +44,8 @@ class Engine:
     shapes: dict[str, tuple[int, ...]]
     """Whole shapes of the trainable parameters."""
     pieces: list[Piece] = field(default_factory=list)
+    shards: dist.ProcessGroup | None = None
+    """The ranks over which one copy of the model is cut; None where every rank holds it whole."""
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +61,11 @@ class Engine:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.precision == "bf16" else self.master_dtype
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (batch-norm statistics of timm models; BiT has none). Not sharded by any engine."""
@@ -93,6 +99,12 @@ class Engine:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Adds up in place what the ranks found of their parts of the model, so that all know it of the whole."""
+        if self.shards is not None:
+            dist.all_reduce(tensor, group=self.shards)
+        return tensor
+
     def barrier(self) -> None:
         if dist.is_initialized() and self.world > 1:
             dist.barrier()
@@ -122,11 +134,17 @@ def build_engine(
         create: makes the network, with no assumption about the values.
         values: given the network (on any device, whole shapes), the function that gives each tensor's values by name.
         make_optimizer: given the (sharded) network, the base optimizer.
-        precision: "fp32" or "bf16"; micro_batch: per rank; accumulation: micro-batches a step.
+        precision: "fp32" or "bf16", or "fp64" to measure how far the others are off (DeepSpeed has none);
+        micro_batch: per rank; accumulation: micro-batches a step.
 
     Raises:
+        ValueError: DeepSpeed in fp64.
         EngineMismatch: the processes or the wrapped network are not what was asked for.
     """
+    if precision == "fp64":
+        if strategy.deepspeed:
+            raise ValueError(f"precision is fp64, which {strategy.engine} does not offer: use fp32 or bf16")
+        create = _in_float64(create)
     accelerator = make_accelerator(strategy)
     verify.check_started(strategy, accelerator)
     with torch.device("meta"):
@@ -137,7 +155,7 @@ def build_engine(
     if strategy.deepspeed:
         settings = deepspeed_settings(strategy, precision, micro_batch, accumulation)
         model, module, optimizer, zero = build_zero(strategy, accelerator, create, source, make_optimizer, settings)
-    elif strategy.engine == "fsdp2":
+    elif strategy.fsdp:
         model, module, optimizer = build_fsdp2(accelerator, create, source, make_optimizer, precision)
     else:
         model, module, optimizer = _replicated(strategy, accelerator, create, source, make_optimizer)
@@ -158,20 +176,33 @@ def build_engine(
     pieces_module.check_cover(engine.pieces, module)
     if zero is not None and precision == "bf16":
         fill_masters(engine.pieces, source)
-    if isinstance(optimizer, SGD_AGC) and (zero is not None or strategy.engine == "fsdp2"):
-        optimizer.set_layout(pieces_module.layout(engine.pieces), dist.group.WORLD)
+    engine.shards = find_shards(engine)
+    if isinstance(optimizer, SGD_AGC) and engine.shards is not None:
+        optimizer.set_layout(pieces_module.layout(engine.pieces), engine.shards, engine.device)
     return engine
+
+
+def _in_float64(create: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: create().double()
 
 
 def find_pieces(engine: Engine) -> list[Piece]:
     """Where each parameter lives on this rank."""
-    if engine.strategy.engine == "fsdp2":
+    if engine.strategy.fsdp:
         return pieces_module.fsdp2_pieces(engine.module)
     if engine.strategy.engine in ("zero1", "zero2"):
         return pieces_module.zero12_pieces(engine.module, engine.zero)
-    if engine.strategy.engine == "zero3":
+    if engine.strategy.zero_stage == 3:
         return pieces_module.zero3_pieces(engine.module, engine.zero, engine.rank)
     return pieces_module.plain_pieces(engine.module)
+
+
+def find_shards(engine: Engine) -> dist.ProcessGroup | None:
+    """The ranks over which the model is cut: all, or under hsdp those of this rank's replica."""
+    if engine.strategy.engine == "hsdp":
+        mesh = engine.pieces[0].holder.device_mesh  # type: ignore[attr-defined]  # a DTensor: find_pieces asserts it
+        return mesh.get_group(mesh.ndim - 1)  # type: ignore[no-any-return]
+    return dist.group.WORLD if engine.strategy.fsdp or engine.strategy.deepspeed else None
 
 
 def _replicated(

@@ -13,6 +13,7 @@ from torch import nn
 from scaletransfer.engine.filling import Values, fill, persistent_buffers
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.strategy import Strategy
+from scaletransfer.engine.zero_memory import buffer_settings, share_masters
 
 
 def deepspeed_settings(strategy: Strategy, precision: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def deepspeed_settings(strategy: Strategy, precision: str, micro_batch: int, acc
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
+        "zero_optimization": buffer_settings(strategy.zero_stage),
     }
 
 
@@ -56,8 +58,10 @@ def build_zero(
     if plugin is None:
         raise ValueError("ZeRO was asked for but accelerate made no DeepSpeed plugin: start with launch/zero2.yaml")
     deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over torch's group; zero.Init counts ranks by it
+    chosen = plugin.deepspeed_config.get("zero_optimization", {})  # stage and offload, from the launch file
+    settings = {**settings, "zero_optimization": {**chosen, **settings["zero_optimization"]}}
     plugin.deepspeed_config.update(settings)
-    if strategy.engine == "zero3":
+    if strategy.zero_stage == 3:
         config = {k: v for k, v in plugin.deepspeed_config.items() if v != "auto"}
         with deepspeed.zero.Init(config_dict_or_path=config):
             module = create()
@@ -73,7 +77,10 @@ def build_zero(
         fill(module, source)
     optimizer = make_optimizer(module)
     model, wrapped = accelerator.prepare(module, optimizer)
-    return model, module, optimizer, getattr(wrapped, "optimizer", None)
+    zero = getattr(wrapped, "optimizer", None)
+    if strategy.zero_stage == 3 and not strategy.offload:
+        share_masters(zero)
+    return model, module, optimizer, zero
 
 
 @torch.no_grad()

@@ -28,16 +28,16 @@ class Part:
 
 
 def owned(engine: Engine) -> list[Piece]:
-    """The pieces that this rank writes: what it holds, or, where all hold everything, an even share of each tensor."""
+    """The pieces that this rank writes: what it holds, or an even share of it where other ranks hold the same."""
     shares = []
     if engine.rank == 0:
         shares = [Piece(name, tuple(b.shape), 0, b.numel(), b, 0) for name, b in engine.buffers().items()]
-    if engine.strategy.engine != "ddp":
-        return [*shares, *(piece for piece in engine.pieces if len(piece))]
+    replicas, replica = engine.strategy.replicas, engine.strategy.replica
     for piece in engine.pieces:
-        start, stop = (len(piece) * r // engine.world for r in (engine.rank, engine.rank + 1))
-        if stop > start:
-            shares.append(Piece(piece.name, piece.shape, start, stop, piece.holder, piece.offset + start))
+        first, last = (len(piece) * r // replicas for r in (replica, replica + 1))
+        if last > first:
+            start, stop = piece.start + first, piece.start + last
+            shares.append(Piece(piece.name, piece.shape, start, stop, piece.holder, piece.offset + first))
     return shares
 
 

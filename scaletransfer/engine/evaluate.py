@@ -16,6 +16,8 @@ from scaletransfer.losses import Loss
 from scaletransfer.metrics import multiclass_report, multilabel_report
 
 Batch = dict[str, Tensor]
+TAGGED_CLASSES = 200
+"""Classes up to which TensorBoard gets five numbers a class; metrics.jsonl has them for any number."""
 
 
 class Runner(Protocol):
@@ -109,3 +111,16 @@ def score(task: str, found: dict[str, Any]) -> tuple[str, float | None]:
     """Name and value of the number by which the best model is chosen: larger is better."""
     name = "mean_auroc" if task == "multilabel" else "accuracy"
     return name, found[name]
+
+
+def curves(found: dict[str, Any], names: Sequence[str]) -> dict[str, float | None]:
+    """The points that TensorBoard gets of ``report``'s result, by their published names."""
+    tags = {f"test/{key}": found[key] for key in found if key.startswith("mean_") and key != "mean_classes"}
+    renamed = {"test/mean_auroc": "test/mean_auc"}
+    tags = {renamed.get(tag, tag): number for tag, number in tags.items()}
+    tags |= {"test/loss": found["loss"], "test/acc": found["accuracy"]}
+    per_class = {"AUC_class": "auroc", "average_precision_class": "average_precision"}
+    per_class |= {name: name for name in ("precision", "recall", "f1")}
+    for number, label in enumerate(names[:TAGGED_CLASSES]):
+        tags |= {f"test/{tag}_{number}": found["classes"][label][key] for tag, key in per_class.items()}
+    return tags

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+from datetime import timedelta
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -18,6 +19,13 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from scaletransfer.engine.strategy import Strategy
+
+
+def join(strategy: Strategy, timeout: timedelta) -> None:
+    """Meet the other ranks in a process group whose messages may take so long; before ``make_accelerator``."""
+    if strategy.cpu and strategy.deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    PartialState(cpu=strategy.cpu, timeout=timeout)
 
 
 def make_accelerator(strategy: Strategy) -> Accelerator:
@@ -34,7 +42,7 @@ def make_accelerator(strategy: Strategy) -> Accelerator:
         state._shared_state["_cpu"] = False
         state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
         return Accelerator(mixed_precision="no")
-    if strategy.engine == "fsdp2":
+    if strategy.fsdp:
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(cpu=True, mixed_precision="no")
 

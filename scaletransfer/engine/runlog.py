@@ -71,6 +71,18 @@ def keep_until(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def validated(folder: Path, step: int) -> bool:
+    """Whether the metrics file has the validation of a step."""
+    path = folder / METRICS
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith('{"event": "validation"') and line.endswith("\n") and json.loads(line)["step"] == step:
+                return True
+    return False
+
+
 class RunLog:
     """Rank 0's records. Other ranks make one with ``active=False``, which writes nothing.
 

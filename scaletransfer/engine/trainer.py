@@ -9,67 +9,35 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaletransfer.config import CheckpointConfig, LogConfig, ValidateConfig
-from scaletransfer.engine import verify
+from scaletransfer.cli import Stopped
+from scaletransfer.engine import marks, verify, watch
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint_copy import set_generators
 from scaletransfer.engine.checkpoint_saver import Away, Saver
-from scaletransfer.engine.evaluate import gather_rows, predict, report, score
+from scaletransfer.engine.evaluate import curves, gather_rows, predict, report, score
+from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.reading import Reading
-from scaletransfer.engine.runlog import RunLog
+from scaletransfer.engine.runlog import RunLog, validated
+from scaletransfer.engine.settings import Mixing, RunSettings
 from scaletransfer.engine.step import StepResult, no_step, train_step
+from scaletransfer.engine.stopping import Late
+from scaletransfer.engine.telling import arithmetic, say_shares
 from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler
 from scaletransfer.losses import Loss
 from scaletransfer.streams import WorkerKind, batches, dead_workers_named, make_loader
 
-TAGGED_CLASSES = 200
-"""Classes up to which TensorBoard gets five numbers a class; metrics.jsonl has them for any number."""
+ASK_EVERY = 8
+"""Batches of a validation between two looks at whether a rank was asked to stop; the sum is read a look later."""
 
 
-class LoaderSettings(Protocol):
-    """How batches are made."""
-
-    @property
-    def workers(self) -> int: ...
-    @property
-    def prefetch_mb(self) -> float: ...
-
-
-class OptimizerSettings(Protocol):
-    """What the loop needs to know of the optimizer."""
-
-    @property
-    def momentum(self) -> float: ...
-
-
-class RunSettings(Protocol):
-    """What the loop needs of a configuration: PretrainConfig and FinetuneConfig have it."""
-
-    @property
-    def global_batch(self) -> int: ...
-    @property
-    def data(self) -> LoaderSettings: ...
-    @property
-    def optimizer(self) -> OptimizerSettings: ...
-    @property
-    def checkpoint(self) -> CheckpointConfig: ...
-    @property
-    def log(self) -> LogConfig: ...
-    @property
-    def validate(self) -> ValidateConfig: ...
-
-
-class Mixing(Protocol):
-    """Mixes the images of an update, and their targets: see transfer.mixup."""
-
-    def images(self, step: int, images: Tensor) -> Tensor: ...
-    def targets(self, step: int, target: Tensor) -> Tensor: ...
+class _Abandoned(Exception):
+    """A validation was given up because a rank was asked to stop."""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +53,7 @@ class Trainer:
         start, total: steps done before, and in all. best: best validation score so far.
         generators: states of this rank's random generators to go on from, or None. away: copies checkpoints elsewhere.
         reading: counts what is read. worker_kind: of training batches, see ``streams.make_loader``.
+        guard: around the run. skipped: steps that were left out so far, their loss or gradient not finite.
     """
 
     cfg: RunSettings
@@ -110,19 +79,27 @@ class Trainer:
     away: Away | None = None
     reading: Reading = field(default_factory=Reading)
     worker_kind: WorkerKind = "auto"
+    guard: Guard = field(default_factory=Guard)
+    skipped: int = 0
     _pending: list[tuple[int, float, StepResult, Tensor]] = field(default_factory=list)
     _since: float = 0.0
     _saved_at: float = 0.0
     _saved_step: int | None = None
+
+    def complete(self) -> bool:
+        """Whether nothing is left to do. All ranks call this."""
+        return self.start >= self.total and not self._owes_validation()
 
     def run(self) -> None:
         """Train from ``start`` to ``total``. All ranks call this.
 
         Raises:
             EngineMismatch: what runs is not what was asked for. ValueError: data that cannot be read, or a loss that
-            is no longer finite; the checkpoints written before stay.
+            is no longer finite; the checkpoints written before stay. Stopped: a rank was asked to stop; a checkpoint
+            of the last step was written.
         """
         rank0 = self.engine.rank == 0
+        owed = self._owes_validation()
         self.log = RunLog(self.folder, self.start, self.total, active=rank0, tensorboard=self.cfg.log.tensorboard)
         settings = self.cfg.checkpoint
         self.saver = Saver(
@@ -136,10 +113,14 @@ class Trainer:
         )
         self._since = self._saved_at = time.monotonic()
         self.engine.model.train()
+        self.guard.begin(self.folder)
         try:
             with dead_workers_named():
+                if owed and not self._validate(self.start):
+                    self._stop(self.start)
                 self._loop()
             self.saver.wait()
+            self.guard.end()
         finally:
             self.saver.close()
             self.log.close()
@@ -147,22 +128,38 @@ class Trainer:
     def _loop(self) -> None:
         verified = False
         for step, group in enumerate(self._steps(), self.start + 1):
-            self._say_shares(step)
+            if self.engine.rank == 0:
+                say_shares(self.log, self.train, step, begins=step == self.start + 1)
             known = self._anything_known(step)
             first = self._first_step() if known and not verified else None
-            verified = verified or known
-            self._step(step, group, first, known)
+            result = self._step(step, group, first, known)
             self.saver.check()
-            if self._due(step, self.cfg.log.every_steps) or first is not None:
+            verified = verified or (known and not result.skipped)
+            stop = result.asked.read() > 0
+            if self._due(step, self.cfg.log.every_steps) or first is not None or result.skipped or stop:
+                self.guard.tick(step, watch.LOGGING)
                 self._flush()
-            if first is not None:
-                self.log.say(verify.table(self.engine, first, self._arithmetic()))
-            if self._validation_due(step):
+            if first is not None and not result.skipped:
+                self.log.say(
+                    verify.table(self.engine, first, arithmetic(self.cfg.global_batch, self.engine, self.train))
+                )
+            if self._validation_due(step) and not stop:
                 self._flush()
-                self._validate(step)
+                stop = not self._validate(step)
+            if stop:
+                self.save_now(step)
+                self._stop(step)
             if self._save_due(step):
                 self._flush()
                 self._save(step)
+
+    def _stop(self, step: int) -> None:
+        """End the run, all of it saved up to ``step``. All ranks call this."""
+        why = self.guard.stopping.asked or "another rank was asked"
+        self.log.say(f"stopped after step {step} ({why}): it is saved, the same command goes on from there")
+        self.guard.end(stopped_after=step)
+        self.engine.barrier()  # a launcher ends the others when the first has ended: not before the marker is there
+        raise Stopped(f"after step {step} of {self.total}, which is saved; the same command goes on from there")
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of this rank, step by step; the time spent waiting for them is counted."""
@@ -174,7 +171,8 @@ class Trainer:
         data = self.cfg.data
         stream = batches(make_loader(self.train, sampler, data.workers, self.worker_kind, data.prefetch_mb))
         with closing(stream):  # type: ignore[type-var]
-            for _ in sampler.steps:
+            for step, _ in enumerate(sampler.steps, self.start + 1):
+                self.guard.tick(step, watch.WAITING)
                 began = time.monotonic()
                 group = [next(stream) for _ in range(engine.accumulation)]
                 self.reading.waited += time.monotonic() - began
@@ -182,23 +180,6 @@ class Trainer:
                     set_generators(self.generators, engine.device)
                     self.generators = None
                 yield group
-
-    def _say_shares(self, step: int) -> None:
-        """What share of an epoch's samples each source has: logged where an epoch begins, said where a run does."""
-        order = self.train.order
-        assert order is not None
-        epoch, into = divmod(step - 1, order.steps_per_epoch)
-        begins = step == self.start + 1
-        if self.engine.rank != 0 or len(order.sizes) == 1 or (into and not begins):
-            return
-        shares = order.shares(epoch)
-        folders = [source.index.where for source in self.train.sources]
-        if not into:
-            self.log.row({"event": "epoch", "step": step, "epoch": epoch, "shares": shares, "folders": folders})
-            self.log.scalars(step, {f"data/share_{place}": share for place, share in enumerate(shares)})
-        if begins:
-            text = ", ".join(f"{folder} {share:.2%}" for folder, share in zip(folders, shares, strict=True))
-            self.log.say(f"samples of epoch {epoch}: {text}")
 
     def _first_step(self) -> verify.FirstStep:
         return verify.FirstStep(self.engine, momentum=self.cfg.optimizer.momentum > 0)
@@ -209,7 +190,9 @@ class Trainer:
         positions = np.arange((step - 1) * batch, step * batch, dtype=np.int64)
         return self.loss.task != "multilabel" or not self.train.nothing_known(positions)
 
-    def _step(self, step: int, group: list[Batch], first: verify.FirstStep | None, known: bool) -> None:
+    def _step(self, step: int, group: list[Batch], first: verify.FirstStep | None, known: bool) -> StepResult:
+        self.guard.tick(step, watch.TRAINING)
+        stop, skip = bool(self.guard.stopping.asked), self.cfg.failing.skip_nonfinite > 0
         seen = (step - 1) * self.cfg.global_batch
         rate = self.lr(seen)
         after_backward = first.after_backward if first is not None else None
@@ -222,15 +205,16 @@ class Trainer:
                 return mixing.images(update, self.normalize(images))
 
         if known:
-            result = train_step(self.engine, self.loss, normalize, batches_, rate, after_backward)
+            result = train_step(self.engine, self.loss, normalize, batches_, rate, after_backward, stop=stop, skip=skip)
         else:
-            result = no_step(self.engine)
+            result = no_step(self.engine, stop)
         if first is not None:
-            first.after_step()
+            first.discard() if result.skipped else first.after_step()
         for batch in group:
             self.reading.add(batch, alone=self.engine.world == 1)
         read = torch.stack([torch.cat([b["position"] for b in group]), torch.cat([b["key"] for b in group])], dim=1)
         self._pending.append((step, rate, result, read))
+        return result
 
     def _flush(self) -> None:
         """Add the pending steps over the ranks and write them; the only place where the host waits for the device."""
@@ -245,12 +229,13 @@ class Trainer:
         now = time.monotonic()
         seconds, self._since = max(1e-9, now - self._since), now
         row, scalars = self.reading.report(engine, seconds)
-        for number, (step, rate, _, _) in enumerate(pending):
-            self._write(step, rate, losses[number], norms[number], clipped[number], read[:, number].reshape(-1, 2))
+        for number, (step, rate, result, _) in enumerate(pending):
+            values = (losses[number], norms[number], clipped[number])
+            self._write(step, rate, *values, read[:, number].reshape(-1, 2), result.skipped)
         speed = len(pending) * self.cfg.global_batch / seconds
         step, loss = pending[-1][0], losses[-1]
         self.log.row({"event": "log", "step": step, "images_per_second": round(speed, 2), **row})
-        values = {
+        curves = {
             "train/loss": loss,
             "train/lr": pending[-1][1],
             "train/grad_norm": norms[-1],
@@ -258,13 +243,15 @@ class Trainer:
             "speed/images_per_second": speed,
             **scalars,
         }
-        self.log.scalars(step, values)
+        self.log.scalars(step, curves)
         text = f"loss {loss:.4f}, {speed:.0f} images/s, waiting {100 * row['data_wait']:.0f} %"
         self.log.advance(len(pending), text)
         self.log.note(f"step {step}/{self.total}: {text}, lr {pending[-1][1]:.3g}")
         self.log.flush()
 
-    def _write(self, step: int, rate: float, loss: float, norm: float, clipped: float, read: Tensor) -> None:
+    def _write(
+        self, step: int, rate: float, loss: float, norm: float, clipped: float, read: Tensor, skipped: bool
+    ) -> None:
         batch = self.cfg.global_batch
         verify.check_positions(read[:, 0], step - 1, batch)
         read = read[read[:, 0].argsort()]
@@ -274,13 +261,10 @@ class Trainer:
         words = read[:, 1].numpy().view(np.uint64)
         prefix = [chosen.index.source for chosen in self.train.sources]
         keys = "\n".join(f"{prefix[s]}-{int(w):016x}" for s, w in zip(source, words, strict=True))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.log.row({"event": "not finite", "step": step, "loss": str(loss), "keys": keys.split("\n")})
-            raise ValueError(
-                f"the loss of step {step} is {loss} and its gradient norm {norm}: training has diverged; "
-                "lower optimizer.base_lr (for fine-tuning, optimizer.lr), or look at the samples whose keys stand in "
-                f"{self.folder}/metrics.jsonl; the checkpoints before it are sound"
-            )
+        if skipped or not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(step, loss, norm, keys.split("\n"), read[:, 0].tolist(), skipped)
+        if skipped:
+            return
         row: dict[str, Any] = {
             "step": step,
             "samples": step * batch,
@@ -293,13 +277,28 @@ class Trainer:
         row["keys_sha256"] = hashlib.sha256(keys.encode()).hexdigest()
         self.log.row(row)
 
-    def _arithmetic(self) -> list[tuple[str, str]]:
-        cfg, engine = self.cfg, self.engine
-        assert self.train.order is not None
-        parts = f"{engine.world} ranks x {engine.micro_batch} images x {engine.accumulation} micro-batches"
-        order = self.train.order
-        epoch = f"{order.steps_per_epoch} steps of {sum(order.sizes)} samples in {len(order.sizes)} source(s)"
-        return [("batch", f"{cfg.global_batch} = {parts}"), ("epoch", epoch)]
+    def _not_finite(
+        self, step: int, loss: float, norm: float, keys: list[str], positions: list[int], skipped: bool
+    ) -> None:
+        """Keep the batch of a step whose loss or gradient is not finite; ValueError unless it may be left out."""
+        most, self.skipped = self.cfg.failing.skip_nonfinite, self.skipped + 1
+        facts = {"loss": str(loss), "grad_norm": str(norm), "skipped": skipped, "positions": positions, "keys": keys}
+        self.log.row({"event": "skipped" if skipped else "not finite", "step": step, "loss": str(loss), "keys": keys})
+        if self.engine.rank == 0:
+            marks.write_nonfinite(self.folder, step, facts)
+        if skipped and self.skipped <= most:
+            return self.log.say(
+                f"step {step}: the loss is {loss} or its gradient not finite: left out ({self.skipped} of at most "
+                f"{most}, failing.skip_nonfinite); its samples stand in {marks.nonfinite_name(step)}"
+            )
+        which = f"the loss of step {step} is {loss} and its gradient norm {norm}"
+        if skipped:
+            which = f"step {step} is number {self.skipped} whose loss or gradient is not finite (loss {loss})"
+        raise ValueError(
+            f"{which}: training has diverged; lower optimizer.base_lr (for fine-tuning, optimizer.lr), or look at the "
+            f"samples whose keys and positions stand in {self.folder / marks.nonfinite_name(step)}; the checkpoints "
+            "before it are sound"
+        )
 
     @staticmethod
     def _due(step: int, every: int | None) -> bool:
@@ -313,20 +312,27 @@ class Trainer:
         by_epoch = None if epochs is None else epochs * self.train.order.steps_per_epoch
         return step == self.total or self._due(step, self.cfg.validate.every_steps) or self._due(step, by_epoch)
 
-    def _validate(self, step: int) -> None:
+    def _owes_validation(self) -> bool:
+        """Whether this run was stopped in the validation of the step that it starts from. Rank 0 knows, all hear it."""
+        if self.start == 0 or not self._validation_due(self.start):
+            return False
+        owed = self.engine.rank == 0 and not validated(self.folder, self.start)
+        return bool(self.engine.sum_over_ranks(torch.tensor(int(owed), device=self.engine.device)))
+
+    def _validate(self, step: int) -> bool:
+        """Validate; False where that was given up because a rank was asked to stop."""
         assert self.valid is not None
         began = time.monotonic()
-        found = self.validate()
+        self.guard.tick(step, watch.VALIDATING)
+        try:
+            self.predicted = self.predict(step)
+        except _Abandoned:
+            self.engine.model.train()
+            self.log.say(f"step {step}: its validation is given up, and done again when the run goes on")
+            return False
+        found = report(self.loss, self.predicted, self.names)
         name, value = score(self.loss.task, found)
-        tags = {f"test/{key}": found[key] for key in found if key.startswith("mean_") and key != "mean_classes"}
-        renamed = {"test/mean_auroc": "test/mean_auc"}
-        tags = {renamed.get(tag, tag): number for tag, number in tags.items()}
-        tags |= {"test/loss": found["loss"], "test/acc": found["accuracy"]}
-        per_class = {"AUC_class": "auroc", "average_precision_class": "average_precision"}
-        per_class |= {name: name for name in ("precision", "recall", "f1")}
-        for number, label in enumerate(self.names[:TAGGED_CLASSES]):
-            tags |= {f"test/{tag}_{number}": found["classes"][label][key] for tag, key in per_class.items()}
-        self.log.scalars(step, tags)
+        self.log.scalars(step, curves(found, self.names))
         self.log.row({"event": "validation", "step": step, **found})
         self.log.flush()  # before a checkpoint says that this step is done: a resumed run does not validate it again
         shown = "none has both outcomes" if value is None else f"{value:.4f}"
@@ -336,14 +342,18 @@ class Trainer:
             self.best = value
             facts = {**self._facts(step), "validation": {"loss": found["loss"], name: value}}
             self.saver.save(self.folder / "best", step, facts, keep=1, with_momentum=False)
+        return True
 
     def validate(self) -> dict[str, Any]:
         """Loss and metrics on the validation split. All ranks call this."""
         self.predicted = self.predict()
         return report(self.loss, self.predicted, self.names)
 
-    def predict(self) -> dict[str, np.ndarray]:
-        """Logits and targets on the validation split: see ``evaluate.predict``. All ranks call this."""
+    def predict(self, step: int | None = None) -> dict[str, np.ndarray]:
+        """Logits and targets on the validation split: see ``evaluate.predict``. All ranks call this.
+
+        step: of the run that may be asked to stop meanwhile; None: nothing interrupts it.
+        """
         assert self.valid is not None
         engine = self.engine
         samples = min(len(self.valid), self.cfg.validate.max_samples or len(self.valid))
@@ -352,7 +362,18 @@ class Trainer:
         kind: WorkerKind = "processes" if self.worker_kind == "processes" else "auto"
         stream = batches(make_loader(self.valid, sampler, data.workers, kind, data.prefetch_mb))
         with closing(stream):  # type: ignore[type-var]
-            return predict(engine, self.normalize, stream)
+            return predict(engine, self.normalize, stream if step is None else self._unless_stopped(step, stream))
+
+    def _unless_stopped(self, step: int, stream: Iterator[Batch]) -> Iterator[Batch]:
+        before: Late | None = None
+        for number, batch in enumerate(stream):
+            self.guard.tick(step, watch.VALIDATING)
+            if number % ASK_EVERY == 0:
+                if before is not None and before.read():
+                    raise _Abandoned
+                asked = torch.full((), int(bool(self.guard.stopping.asked)), device=self.engine.device)
+                before = Late(self.engine.sum_over_ranks(asked))
+            yield batch
 
     def _save_due(self, step: int) -> bool:
         """The same answer on every rank. Minutes are rank 0's, and asked for where the host waits anyway."""
@@ -365,6 +386,7 @@ class Trainer:
         return due
 
     def _save(self, step: int) -> None:
+        self.guard.tick(step, watch.SAVING)
         self.saver.save(self.folder / "checkpoints", step, self._facts(step), keep=self.cfg.checkpoint.keep)
         self._saved_at = time.monotonic()
         self._saved_step = step
@@ -382,4 +404,4 @@ class Trainer:
         self.saver.settle(strict=True)
 
     def _facts(self, step: int) -> dict[str, Any]:
-        return {**self.facts, "samples_seen": step * self.cfg.global_batch, "best": self.best}
+        return {**self.facts, "samples_seen": step * self.cfg.global_batch, "best": self.best, "skipped": self.skipped}

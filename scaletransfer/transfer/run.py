@@ -29,6 +29,7 @@ from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.evaluate import score
 from scaletransfer.engine.filling import Values
+from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
 from scaletransfer.engine.strategy import Strategy
@@ -123,8 +124,10 @@ def run_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
+def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = None) -> Trainer:
     """The trainer of a plan, resumed from the newest complete checkpoint if there is one. All ranks call this.
+
+    guard: what surrounds the run; None: nothing does.
 
     Raises:
         ValueError: a checkpoint of another run, unreadable images, a folder that cannot be written.
@@ -199,6 +202,8 @@ def build(plan: Plan, strategy: Strategy, folder: Path) -> Trainer:
         mixing=mixing,
         generators=None if found is None else checkpoints.generator_states(found, strategy.rank, strategy.world),
         keep_best=False,
+        skipped=0 if found is None else int(found.facts.get("skipped") or 0),
+        guard=guard or Guard(),
     )
 
 

@@ -1,0 +1,75 @@
+"""Many ranks in one process, without any of the others: torch's fake process group, on which collectives move nothing.
+
+What a network becomes on rank 700 of 1,024 is found by sharding it there, not by a formula; the planner measures
+FSDP2's gathered blocks so, and ``pretrain --dry-run`` builds its engine on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from scaletransfer.models import PreActBottleneck
+from scaletransfer.shares import Shape
+from scaletransfer.units import local
+
+
+@contextmanager
+def fake_ranks(world: int, rank: int = 0) -> Iterator[None]:
+    """This process as one of ``world`` ranks that are not there, until the block ends.
+
+    Raises:
+        ValueError: there is a process group already, whose ranks are real.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+    if dist.is_initialized():
+        raise ValueError(f"{dist.get_world_size()} real ranks run here: fake ranks need a process of their own")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_mesh(world: int, shards: int) -> DeviceMesh:
+    """A mesh of all ranks for FSDP2: one dimension, or (replicas, shards) where fewer than all share the state."""
+    if shards == world:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, precision: str) -> nn.Module:
+    """FSDP2 as the engine applies it: each residual unit a block, the rest the root's; gradients reduced in fp32.
+
+    The root keeps its gathered parameters from forward to backward, which is FSDP2's default for it.
+    """
+    bf16 = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+    for module in network.modules():
+        if isinstance(module, PreActBottleneck):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+    return network
+
+
+def local_shapes(
+    create: Callable[[], nn.Module], world: int, rank: int, *, shards: int | None = None, precision: str = "fp32"
+) -> dict[str, tuple[Shape, int]]:
+    """What FSDP2 leaves on one of many ranks: by parameter the shape of its rows, and the bytes of their storage.
+
+    Nothing is allocated. ``create`` makes the network; world, rank, shards: as for ``shares.held``.
+    """
+    with fake_ranks(world, rank):
+        with torch.device("meta"):
+            network = create()
+        shard(network, fake_mesh(world, shards or world), precision)
+        return {
+            name: (tuple(local(p).shape), local(p).untyped_storage().nbytes()) for name, p in network.named_parameters()
+        }

@@ -1,0 +1,103 @@
+"""Figures of devices and their links, as their makers' data sheets state them: nothing here was measured.
+
+Every figure is a peak, so that times made of them are lower bounds. The table is the only place that holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One accelerator, and a node of them as its maker sells it."""
+
+    name: str
+    kind: str
+    """"cuda" or "cpu"."""
+    memory: int
+    """Bytes."""
+    bf16: float
+    """Operations a second of dense matrix products in bf16; 0 where not known."""
+    fp32: float
+    """The same for float32 tensors (TF32, PyTorch's default for convolutions, where the device has it)."""
+    memory_speed: float
+    """Bytes a second between the device and its memory; 0 where not known."""
+    link: float
+    """Bytes a second that a device sends to others of its node, one direction; 0 where not known."""
+    network: float
+    """Bytes a second that a device of such a node sends to other nodes: the node's adapters, shared evenly."""
+    source: str = ""
+
+    @property
+    def usable(self) -> int:
+        """Bytes that training may take: see ``RESERVED``. What is said of CPUs is what there is for training."""
+        return self.memory if self.kind == "cpu" else int(self.memory * (1 - SHARE_RESERVED)) - RESERVED
+
+
+SHARE_RESERVED = 0.02
+"""Of a GPU's memory: what its driver and error correction keep (an 80 GB H100 reports 79.6 GiB, an A100 79.2)."""
+RESERVED = GIB
+"""Bytes of a GPU that training does not get: the CUDA context, loaded kernels, and NCCL's channels."""
+
+
+def _gpu(name: str, gib: int, bf16: float, fp32: float, tbps: float, link: float, net: float, source: str) -> Device:
+    return Device(
+        name=name,
+        kind="cuda",
+        memory=gib * GIB,
+        bf16=bf16 * 1e12,
+        fp32=fp32 * 1e12,
+        memory_speed=tbps * 1e12,
+        link=link * 1e9,
+        network=net * 1e9,
+        source=source,
+    )
+
+
+# name, GiB, bf16 and fp32/TF32 TFLOP/s (dense), memory TB/s, NVLink GB/s one way, network GB/s a GPU, source
+DEVICES = {
+    device.name: device
+    for device in (
+        _gpu("v100-32", 32, 15.7, 15.7, 0.9, 150, 6.25, "NVIDIA V100 (SXM2, no bf16 units) and DGX-2 data sheets"),
+        _gpu("a100-40", 40, 312, 156, 1.555, 300, 25, "NVIDIA A100 (SXM4) and DGX A100 data sheets"),
+        _gpu("a100-80", 80, 312, 156, 2.039, 300, 25, "NVIDIA A100 (SXM4) and DGX A100 data sheets"),
+        _gpu("h100-80", 80, 989, 494, 3.35, 450, 50, "NVIDIA H100 (SXM5) and DGX H100 data sheets"),
+        _gpu("h200-141", 141, 989, 494, 4.8, 450, 50, "NVIDIA H200 (SXM5) and DGX H200 data sheets"),
+    )
+}
+
+
+def find_device(text: str, network_gbit: float | None = None, gpus_per_node: int = 1) -> Device:
+    """The device that ``--gpu`` names.
+
+    Args:
+        text: a name of ``DEVICES``, or ``cpu:GIB`` for a rank on a CPU that may take so much memory.
+        network_gbit: Gbit/s that a node sends, shared by its ``gpus_per_node``; None: the table's.
+
+    Raises:
+        ValueError: another text.
+    """
+    kind, _, size = text.lower().partition(":")
+    if kind == "cpu":
+        try:
+            gib = float(size)
+        except ValueError:
+            gib = 0.0
+        if not 0 < gib < float("inf"):
+            raise ValueError(f"--gpu {text}: write cpu:GIB with the GiB of memory a rank may take, such as cpu:12")
+        memory = int(gib * GIB)
+        found = Device(
+            name=f"cpu:{gib:g}", kind="cpu", memory=memory, bf16=0, fp32=0, memory_speed=0, link=0, network=0
+        )
+    elif text.lower() in DEVICES:
+        found = DEVICES[text.lower()]
+    else:
+        raise ValueError(f"--gpu {text}: there are {', '.join(DEVICES)} and cpu:GIB")
+    if network_gbit is None:
+        return found
+    if not 0 < network_gbit < float("inf"):
+        raise ValueError(f"--network {network_gbit:g}: must be the Gbit/s of a node, above 0")
+    return Device(**{**vars(found), "network": network_gbit * 1e9 / 8 / gpus_per_node})

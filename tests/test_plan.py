@@ -1,0 +1,197 @@
+"""The planner's operations, its choices, and what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from scaletransfer import plan
+from scaletransfer.config import PretrainConfig, load_config
+from scaletransfer.models import BiT, create_model
+from scaletransfer.models.bit import StdConv2d
+from scaletransfer.plan_devices import DEVICES, Device, find_device
+from scaletransfer.plan_trace import Images, flops_per_image
+
+GIB = 2**30
+TINY = "configs/chexpert_tiny.yaml"
+
+
+def network(name: str, checkpointing: bool = False) -> nn.Module:
+    made = create_model(name, 10)
+    made.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+    return made
+
+
+def by_hand(made: BiT, size: int, *, checkpointing: bool) -> int:
+    """Forward is 2 operations a weight and output pixel; backward twice that, but for the images' own gradient.
+
+    A recomputed unit's last convolution is not run again: nothing in backward needs its output.
+    """
+    operations: dict[str, int] = {}
+
+    def count(name: str, module: nn.Module, output: torch.Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        operations[name] = 2 * module.weight.numel() * output.shape[2] * output.shape[3]
+
+    for name, module in made.named_modules():
+        if isinstance(module, (StdConv2d, nn.Conv2d)):
+            module.register_forward_hook(lambda m, _, out, name=name: count(name, m, out))
+    with torch.no_grad():
+        made(torch.zeros(1, 3, size, size))
+    again = sum(n for name, n in operations.items() if name.startswith("body.") and not name.endswith("conv3"))
+    forward = sum(operations.values())
+    return 3 * forward - operations["root.conv"] + again * checkpointing
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("name", "size"), [("BiT-tiny", 64), ("BiT-S-R50x1", 64)])
+def test_flops_are_those_of_the_flop_counter_on_a_real_step(name: str, size: int, checkpointing: bool) -> None:
+    planned = flops_per_image(lambda: network(name, checkpointing), Images(channels=3, size=size, device_type="cpu"))
+    made = network(name, checkpointing)
+    with FlopCounterMode(display=False) as counter:
+        made(torch.zeros(2, 3, size, size)).sum().backward()
+    assert planned == counter.get_total_flops() / 2
+    assert planned == by_hand(network(name), size, checkpointing=checkpointing)  # type: ignore[arg-type]
+
+
+def test_forward_of_r50_is_the_published_number_of_operations() -> None:
+    """4.1 billion multiply-adds at 224 pixels (He et al. 2016, arXiv 1512.03385, table 1, has 3.8)."""
+    found = flops_per_image(lambda: network("BiT-S-R50x1"), Images(channels=3, size=224, device_type="cpu"))
+    assert 3.8e9 < found / 6 < 4.4e9
+
+
+def configuration(*overrides: str) -> PretrainConfig:
+    return load_config(["configs/imagenet21k_bit152x4.yaml"], overrides)
+
+
+@pytest.fixture(scope="module")
+def pair() -> plan.Plan:
+    """R152x4 with 21,843 classes on 2 ranks of a machine with 24 GiB and no GPU."""
+    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2")
+    return plan.make_plan(cfg, find_device("cpu:12"), nodes=1, per_node=2, classes=21_843)
+
+
+def test_ddp_of_r152x4_is_refused_on_two_ranks_of_12_gib_with_the_numbers(pair: plan.Plan) -> None:
+    ddp, fsdp2 = pair.row("ddp"), pair.row("fsdp2")
+    assert not ddp.fits and ddp.certain and ddp.advice is None
+    assert ddp.memory is not None and fsdp2.memory is not None
+    state = 4 * pair.parameters
+    assert ddp.memory.parameters == ddp.memory.gradients == ddp.memory.momentum == state
+    assert 3 * state > 12 * GIB
+    assert fsdp2.fits and fsdp2.memory.total < 12 * GIB
+    assert fsdp2.memory.parameters == pytest.approx(state / 2, rel=1e-3)
+    assert pair.recommended == "fsdp2"
+    text = plan.show(pair)
+    assert f"ddp does not fit: it needs {ddp.memory.total / GIB:.2f} GiB of 12.00" in text
+    assert f"{3 * state / GIB:.2f} of them parameters, gradients and momentum, whatever the micro-batch" in text
+
+
+def test_what_does_not_fit_gets_a_micro_batch_that_does() -> None:
+    cfg = load_config(
+        [TINY], ["global_batch=64", "micro_batch=32", "data.image_size=128", "validate.every_epochs=null"]
+    )
+    ample = plan.make_plan(cfg, find_device("cpu:8"), nodes=1, per_node=2, engines=("ddp", "fsdp2"))
+    full = ample.row("ddp").memory
+    assert full is not None and ample.recommended == "ddp" and ample.row("ddp").fits
+    tight = plan.make_plan(
+        cfg, find_device(f"cpu:{0.8 * full.total / GIB}"), nodes=1, per_node=2, engines=("ddp", "fsdp2")
+    )
+    row = tight.row("ddp")
+    assert not row.fits and not row.certain and row.advice is not None
+    assert row.advice.total <= tight.device.usable
+    assert 64 // 2 % row.advice.micro_batch == 0
+    again = plan.make_plan(
+        load_config(
+            [TINY],
+            [
+                "global_batch=64",
+                f"micro_batch={row.advice.micro_batch}",
+                "data.image_size=128",
+                f"model.activation_checkpointing={str(row.advice.activation_checkpointing).lower()}",
+            ],
+        ),
+        tight.device,
+        nodes=1,
+        per_node=2,
+        engines=("ddp",),
+    ).row("ddp")
+    assert again.fits and again.memory is not None and again.memory.total == row.advice.total
+    assert tight.recommended is not None and "no engine fits as configured" in tight.reason
+
+
+def test_time_is_the_larger_of_computing_and_sending() -> None:
+    cfg = load_config([TINY], ["global_batch=64", "micro_batch=8"])
+    quick = find_device("h100-80")
+    slow = Device(**{**vars(quick), "link": 1e6, "network": 1e6})
+    one, other = (plan.make_plan(cfg, d, nodes=2, per_node=4, engines=("ddp",)).row("ddp").time for d in (quick, slow))
+    assert one is not None and other is not None
+    assert one.compute == other.compute and one.update == other.update
+    assert other.bound == "links" and other.step == other.communication + other.update > one.step
+    # what leaves a node of four GPUs: 2 x 7/8 of the gradients, over four adapters
+    parameters = plan.make_plan(cfg, quick, nodes=2, per_node=4, engines=()).parameters
+    assert other.communication == pytest.approx(2 * 7 / 8 * 4 * parameters / 1e6, rel=1e-6)
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert plan.main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_json_and_table_have_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--config", TINY, "--nodes", "2", "--gpus-per-node", "4", "--gpu", "a100-40", "global_batch=64")
+    found: dict[str, Any] = json.loads(command(capsys, *arguments, "--json"))
+    lines = command(capsys, *arguments).splitlines()
+    assert [row["engine"] for row in found["rows"]] == list(plan.ENGINES)
+    title = next(line for line in lines if line.startswith("GiB a GPU"))
+    start = lines.index(title)
+    for number, row in enumerate(found["rows"], start + 1):
+        cells = lines[number].split()
+        assert cells[0] == row["engine"]
+        assert f"{row['memory']['total'] / GIB:.4f}" in cells or f"{row['memory']['total'] / GIB:.2f}" in cells
+        assert len(lines[number]) == len(title)
+    assert found["classes"] == 13 and found["classes_from"] == "data.expect_labels"
+    assert math.isclose(found["device"]["usable"] / GIB, 40 * 0.98 - 1)
+
+
+def test_every_figure_has_a_source() -> None:
+    for device in DEVICES.values():
+        assert "data sheet" in device.source
+        assert 0 < device.usable < device.memory
+        assert min(device.bf16, device.fp32, device.memory_speed, device.link, device.network) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu", "b300"], "--gpu b300: there are v100-32, .* and cpu:GIB"),
+        (["--gpu", "cpu"], "write cpu:GIB"),
+        (["--gpu", "cpu:nan"], "write cpu:GIB"),
+        (["--network", "0"], "--network 0: must be"),
+        (["--nodes", "0"], "--nodes is 0: must be at least 1"),
+        (["--nodes", "3"], "global_batch 32 is not a multiple of ranks x micro_batch = 12 x 8"),
+        (["data.expect_labels=null"], "how many classes there are is not known: .* give --classes N"),
+        (["--gpus", "4"], "there is no option --gpus, did you mean --gpu"),
+    ],
+)
+def test_refusals(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        plan.main(["--config", TINY, *arguments])
+    assert "\n" not in str(refusal.value)
+
+
+def test_classes_of_shards_are_counted(tmp_path: Path) -> None:
+    from helpers_run import make_shards, write_config
+
+    path = write_config(tmp_path, make_shards(tmp_path, rows=16, valid=3))
+    cfg = load_config([path])
+    found = plan.make_plan(cfg, find_device("cpu:8"), nodes=1, per_node=1, engines=())
+    assert (found.classes, found.classes_from) == (13, f"of {tmp_path / 'shards'}")
+    with pytest.raises(ValueError, match=r"--classes is 5 but the shards of data\.train have 13"):
+        plan.make_plan(cfg, find_device("cpu:8"), nodes=1, per_node=1, classes=5)
