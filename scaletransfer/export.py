@@ -1,7 +1,8 @@
 """`scaletransfer export RUN --to DIR`: a run's network as model.safetensors and model.json.
 
 What is written is proven against the training process: every piece is compared with the sha256 that the process took
-of its live memory when it saved, once when it is read and once more in the finished file.
+of its live memory when it saved, once when it is read and once more in the finished file. Nothing is held whole: a
+network of any size needs some 16 MiB.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import numpy as np
+from safetensors import safe_open
 
 from scaletransfer.cli import CommandParser
-from scaletransfer.engine.checkpoint import Checkpoint, find_latest, open_checkpoint
+from scaletransfer.engine.checkpoint import CHUNK, Checkpoint, find_latest, open_checkpoint
+from scaletransfer.tensor_file import locate, write_tensors
 
 FORMAT_VERSION = 1
 
@@ -82,14 +84,16 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
     temporary.mkdir(parents=True)
     try:
         path = temporary / "model.safetensors"
+        shapes = checkpoint.manifest["tensors"]
         names = [name for name in checkpoint.parts if name.startswith("model.")]
-        state = {name.removeprefix("model."): checkpoint.read(name) for name in names}
+        layout = {name.removeprefix("model."): ("F32", shapes[name]) for name in names}
         try:
-            save_file(state, path)
-        except SafetensorError as error:  # what its writer makes of a full disk
-            raise OSError(f"{to / path.name} cannot be written ({error}): nothing was exported") from error
+            digest = write_tensors(path, layout, _values(checkpoint, names))
+        except OSError as error:
+            raise OSError(
+                f"{to / path.name} cannot be written ({error.strerror or error}): nothing was exported"
+            ) from error
         prove(checkpoint, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         text = json.dumps(describe(checkpoint, digest), indent=1) + "\n"
         (temporary / "model.json").write_text(text, encoding="utf-8")
         if to.exists():
@@ -99,20 +103,37 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _values(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[np.ndarray]:
+    """Chunks of the tensors, one after the other; ValueError at the end of a piece that is not what was saved."""
+    for name in names:
+        for piece in checkpoint.parts[name]:
+            for _, values in checkpoint.chunks(name, piece):
+                yield values
+
+
 def prove(checkpoint: Checkpoint, path: Path) -> int:
     """Compare every piece in the finished file with the hash taken by the training process; the number of pieces.
 
     Raises:
-        ValueError: a tensor that differs.
+        ValueError: a tensor that differs. SafetensorError: not a safetensors file. OSError: it cannot be read.
     """
     compared = 0
-    with safe_open(path, framework="np") as handle:
+    with safe_open(path, framework="np"):
+        pass  # the library checks the header, on which what follows relies
+    places = locate(path)
+    with path.open("rb") as file:
         for name, parts in checkpoint.parts.items():
             if not name.startswith("model."):
                 continue
-            values = handle.get_tensor(name.removeprefix("model.")).reshape(-1)
-            for start, stop, _, digest in parts:
-                if hashlib.sha256(values[start:stop].data).hexdigest() != digest:
+            kind, shape, begin = places.get(name.removeprefix("model."), ("", (), 0))
+            file.seek(begin)
+            for start, stop, _, digest in parts:  # they tile the tensor
+                seen, left = hashlib.sha256(), 4 * (stop - start)
+                while left and (data := file.read(min(left, 4 * CHUNK))):
+                    seen.update(data)
+                    left -= len(data)
+                same = kind == "F32" and list(shape) == checkpoint.manifest["tensors"][name]
+                if not same or seen.hexdigest() != digest:
                     raise ValueError(f"{path}: {name} differs from what the training process saved: not exported")
                 compared += 1
     return compared

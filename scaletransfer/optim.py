@@ -22,78 +22,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
+from scaletransfer.units import Segment, UnitPlan, flat, local
+
 FLOOR = 1e-6
 """Smallest norm that a gradient is divided by (timm's and the published code's constant)."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The half-open range [start, stop) of a flattened parameter, at ``offset`` in the flat tensor that holds it.
-
-    ``stop == start`` says that this rank holds nothing of the parameter: it is listed all the same, so that every
-    rank counts the same units.
-    """
-
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    offset: int
-
-    @property
-    def units(self) -> int:
-        return self.shape[0] if len(self.shape) >= 2 else 1
-
-    @property
-    def unit_size(self) -> int:
-        return math.prod(self.shape) // max(1, self.units)
-
-    def runs(self) -> Iterable[tuple[int, int, int, int]]:
-        """Cuts the range at unit boundaries: (begin, end, first unit, units), begin and end inside the piece.
-
-        At most three runs: the rest of a unit that an earlier rank began, whole units, the beginning of the next.
-        """
-        if self.stop <= self.start:
-            return
-        size, position = self.unit_size, self.start
-        if position % size:
-            end = min(self.stop, (position // size + 1) * size)
-            yield position - self.start, end - self.start, position // size, 1
-            position = end
-        whole = (self.stop - position) // size
-        if whole > 0:
-            yield position - self.start, position - self.start + whole * size, position // size, whole
-            position += whole * size
-        if position < self.stop:
-            yield position - self.start, self.stop - self.start, position // size, 1
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, and a plain tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """One-dimensional view of this rank's part; never a copy. Units stay whole and in order, in channels-last too."""
-    mine = local(tensor).detach()
-    if mine.dim() == 4 and not mine.is_contiguous() and mine.is_contiguous(memory_format=torch.channels_last):
-        mine = mine.permute(0, 2, 3, 1)
-    return mine.view(-1)
-
-
-def square_sums(values: Tensor, segment: Segment, out: Tensor, whole: bool = False) -> None:
-    """Adds the squares of ``values`` (1-D, this rank's piece) per unit to ``out`` [units] (or [1] when ``whole``)."""
-    if whole:
-        out[0] += torch.linalg.vector_norm(values, dtype=out.dtype).square()
-        return
-    for begin, end, unit, count in segment.runs():
-        rows = values[begin:end].view(count, -1)
-        out[unit : unit + count] += torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype).square()
-
-
-def scale_units(values: Tensor, segment: Segment, scale: Tensor) -> None:
-    """Multiplies ``values`` (1-D, this rank's piece) in place by the ``scale`` [units] of its unit."""
-    for begin, end, unit, count in segment.runs():
-        values[begin:end].view(count, -1).mul_(scale[unit : unit + count, None].to(values.dtype))
+_REGISTERS = 64
+"""A multiple of the elements that any vector register holds."""
 
 
 @dataclass
@@ -146,6 +80,8 @@ class SGD_AGC(torch.optim.Optimizer):
         self._layout: dict[int, Sequence[Segment]] = {}
         self._own: set[int] = set()  # ids of the tensors it was given: an engine may step others in their place
         self._group: dist.ProcessGroup | None = None
+        self._device: torch.device | None = None
+        self._plans: dict[tuple[tuple[int, bool], ...], tuple[UnitPlan, list[Tensor]]] = {}
         self._stats: list[ClipStats] = []
         super().__init__(params, defaults)
 
@@ -161,17 +97,24 @@ class SGD_AGC(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._own.update(id(p) for p in self.param_groups[-1]["params"])
 
-    def set_layout(self, layout: dict[Tensor, Sequence[Segment]], group: dist.ProcessGroup | None) -> None:
+    def set_layout(
+        self,
+        layout: dict[Tensor, Sequence[Segment]],
+        group: dist.ProcessGroup | None,
+        device: torch.device | None = None,
+    ) -> None:
         """Says what the tensors that this optimizer steps are made of.
 
         Args:
             layout: for each tensor, the segments of *all* parameters that are spread over the ranks together with it,
                 in the same order on every rank.
             group: the ranks over which those parameters are spread; sums of squares are all-reduced there.
+            device: where the group can reduce; by default where the tensors lie (an engine may keep them elsewhere).
         """
         self._layout = {id(tensor): segments for tensor, segments in layout.items()}
         self._kept = list(layout)  # an id names a tensor only as long as the tensor lives
-        self._group = group
+        self._group, self._device = group, device
+        self._plans.clear()
 
     def pop_stats(self) -> ClipStats | None:
         """The statistics since the last call (ZeRO steps one group or sub-group at a time), or None."""
@@ -190,24 +133,11 @@ class SGD_AGC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._clip()
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        if tensors:
+            self._stats.append(self._clip(tensors))
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            buffers = [self.state[p].get("momentum_buffer") for p in params]
-            sgd(
-                params,
-                [p.grad for p in params],
-                buffers,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=False,
-            )
-            if group["momentum"]:
-                for p, buffer in zip(params, buffers, strict=True):
-                    self.state[p]["momentum_buffer"] = buffer
+            self._update(group)
         return loss
 
     def _segments(self, tensor: Tensor) -> Sequence[Segment]:
@@ -220,48 +150,95 @@ class SGD_AGC(torch.optim.Optimizer):
             )
         return [Segment(tuple(tensor.shape), 0, tensor.numel(), 0)]
 
-    def _clip(self) -> None:
-        jobs = [
-            (group, p, segment) for group in self.param_groups for p in group["params"] for segment in self._segments(p)
-        ]
-        if not jobs:
-            return
-        units = [1 if group["clipping"] is None else segment.units for group, _, segment in jobs]
-        first = jobs[0][1]
+    def _plan(self, tensors: Sequence[Tensor]) -> UnitPlan:
+        """The plan for these tensors: made at the first step, and again when an engine steps others."""
+        apart = [group["clipping"] is not None for group in self.param_groups for _ in group["params"]]
+        key = tuple(zip(map(id, tensors), apart, strict=True))
+        if key not in self._plans:
+            segments = [self._segments(p) for p in tensors]
+            # An id names a tensor only as long as the tensor lives, so the tensors are kept too.
+            self._plans[key] = (UnitPlan([local(p) for p in tensors], segments, apart), list(tensors))
+        return self._plans[key][0]
+
+    def _clip(self, tensors: Sequence[Tensor]) -> ClipStats:
+        """Scales the gradients in place, unit by unit."""
+        plan = self._plan(tensors)
+        gradients = [None if p.grad is None else local(p.grad) for p in tensors]
+        weights = [None if p.grad is None else local(p) for p in tensors]
+        first = local(tensors[0])
         dtype = torch.promote_types(first.dtype, torch.float32)
-        sums = torch.zeros(2, sum(units), dtype=dtype, device=first.device)
-        pieces = list(zip(jobs, sums[0].split(units), sums[1].split(units), strict=True))
-        for (group, p, segment), grad_sum, weight_sum in pieces:
-            if p.grad is None or segment.stop == segment.start:
-                continue
-            whole = group["clipping"] is None
-            square_sums(_piece(p.grad, segment), segment, grad_sum, whole)
-            if not whole:
-                square_sums(_piece(p, segment), segment, weight_sum)
+        sums = torch.zeros(2, plan.units, dtype=dtype, device=first.device)
+        plan.square_sums(gradients, sums[0])
+        plan.square_sums(weights, sums[1], wholes=False)
         if self._group is not None:
-            dist.all_reduce(sums, group=self._group)
-        self._stats.append(self._scale(pieces, sums))
-
-    def _scale(self, pieces: list[Any], sums: Tensor) -> ClipStats:
-        clipped = torch.zeros((), dtype=torch.int64, device=sums.device)
-        counted = 0
-        for (group, p, segment), grad_sum, weight_sum in pieces:
+            there = sums.to(self._device or sums.device)
+            dist.all_reduce(there, group=self._group)
+            sums = there.to(sums.device)
+        norm, limit, counted, last = sums[0].sqrt(), sums[1].sqrt(), 0, 0
+        for group in self.param_groups:
+            start, last = last, last + len(group["params"])
+            units = slice(plan.first[start], plan.first[last])
             if group["clipping"] is None:
+                limit[units] = math.inf
+            else:
+                limit[units].clamp_min_(group["eps"]).mul_(group["clipping"])
+                counted += units.stop - units.start
+        over = norm > limit
+        scale = torch.where(over, limit / norm.clamp_min(FLOOR), 1.0)
+        plan.scale(gradients, scale)
+        return ClipStats(square_norm=sums[0].sum(), clipped=over.sum(), units=counted)
+
+    def _update(self, group: dict[str, Any]) -> None:
+        """``torch.optim.SGD`` on what this rank holds, in one pass over memory where torch has a fused kernel."""
+        calls: dict[tuple[bool, bool], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+        for p in group["params"]:
+            if p.grad is None:
                 continue
-            counted += segment.units
-            norm = grad_sum.sqrt()
-            limit = group["clipping"] * weight_sum.sqrt().clamp_min(group["eps"])
-            over = norm > limit
-            clipped += over.sum()
-            if p.grad is not None and segment.stop > segment.start:
-                scale = torch.where(over, limit / norm.clamp_min(FLOOR), torch.ones_like(norm))
-                scale_units(_piece(p.grad, segment), segment, scale)
-        return ClipStats(square_norm=sums[0].sum(), clipped=clipped, units=counted)
+            weight, gradient, buffer, fresh = local(p), local(p.grad), None, False
+            if group["momentum"]:
+                state = self.state[p]
+                fresh = state.get("momentum_buffer") is None
+                if fresh:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = local(state["momentum_buffer"])
+            for fused, part in _parts(weight, gradient, buffer):
+                calls.setdefault((fused, fresh), []).append(part)
+        for (fused, fresh), parts in calls.items():
+            sgd(
+                [weight for weight, _, _ in parts],
+                [gradient for _, gradient, _ in parts],
+                [buffer for _, _, buffer in parts],
+                fused=fused,
+                foreach=False if fused else None,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                # torch's first buffer is the gradient itself, which is what comes of zeros without dampening
+                dampening=0.0 if fresh else group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=False,
+            )
 
 
-def _piece(tensor: Tensor, segment: Segment) -> Tensor:
-    """1-D view of the part of ``tensor`` that holds ``segment``."""
-    return flat(tensor)[segment.offset : segment.offset + segment.stop - segment.start]
+def _parts(
+    weight: Tensor, gradient: Tensor, buffer: Tensor | None
+) -> Sequence[tuple[bool, tuple[Tensor, Tensor, Tensor | None]]]:
+    """What of a tensor torch's fused kernel may step (True), and what its default must.
+
+    The kernel walks through memory, so the tensors must lie in it alike. The last few elements, which do not fill its
+    registers, it rounds otherwise than the default.
+    """
+    alike = weight.dtype == gradient.dtype and weight.stride() == gradient.stride()
+    if buffer is not None:
+        alike = alike and buffer.dtype == weight.dtype and buffer.stride() == weight.stride()
+    rest = weight.numel() % _REGISTERS
+    if not alike or weight.device.type not in ("cpu", "cuda") or rest == weight.numel():
+        return [(False, (weight, gradient, buffer))]
+    if rest == 0:
+        return [(True, (weight, gradient, buffer))]
+    w, g, b = flat(weight), flat(gradient), None if buffer is None else flat(buffer)
+    body, tail = slice(0, len(w) - rest), slice(len(w) - rest, len(w))
+    return [(here is body, (w[here], g[here], None if b is None else b[here])) for here in (body, tail)]
 
 
 def split_head(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from scaletransfer.engine.build import Engine, build_engine
-from scaletransfer.engine.checkpoint import save
+from scaletransfer.engine.checkpoint_saver import save
 from scaletransfer.engine.strategy import asked
 from scaletransfer.models import initial_tensors
 

@@ -158,7 +158,7 @@ def launch(
     Without an engine, `python -m <module> <arguments>`: one process, and no launcher to wait for.
     """
     mark = uuid.uuid4().hex
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # this checkout's code, whatever is installed
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m"]
     if engine is not None:
@@ -173,11 +173,13 @@ def launch(
     return Launched(process, mark, out, err)
 
 
-def launch_to_end(engine: str | None, arguments: Sequence[str], folder: Path, **options: Any) -> Launched:
-    """`launch`, waited for; fails with the output unless it ends well."""
+def launch_to_end(
+    engine: str | None, arguments: Sequence[str], folder: Path, *, limit: float = 240, **options: Any
+) -> Launched:
+    """`launch`, waited for (limit: seconds); fails with the output unless it ends well."""
     run = launch(engine, arguments, folder, **options)
     try:
-        assert run.wait() == 0, run.text()
+        assert run.wait(limit) == 0, run.text()
     finally:
         run.end()
     return run

@@ -22,7 +22,8 @@ import torch
 from helpers_refusal import Bench, Payload, bench, launched, made, resumable, shards  # noqa: F401
 
 from scaletransfer.cli import main as command
-from scaletransfer.engine.checkpoint import _prune, folder_name
+from scaletransfer.engine.checkpoint import folder_name
+from scaletransfer.engine.checkpoint_save import prune
 from scaletransfer.labels import CHEXPERT_FINDINGS
 from scaletransfer.pretrain import main as pretrain
 
@@ -282,9 +283,9 @@ def test_the_best_model_of_an_earlier_run_does_not_outlive_a_new_one(tmp_path):
     for step in (10, 20, 100):
         (tmp_path / folder_name(step)).mkdir()
         (tmp_path / folder_name(step) / "COMPLETE").touch()
-    _prune(tmp_path, 2, tmp_path / folder_name(20))
+    prune(tmp_path, 2, tmp_path / folder_name(20))
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder_name(20), folder_name(100)]
-    _prune(tmp_path, 1, tmp_path / folder_name(20))
+    prune(tmp_path, 1, tmp_path / folder_name(20))
     assert [path.name for path in tmp_path.iterdir()] == [folder_name(20)]
 
 

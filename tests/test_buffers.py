@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
-from scaletransfer.engine.build import Engine, _fill_lasting
+from scaletransfer.engine.build import Engine
+from scaletransfer.engine.filling import fill_lasting
 from scaletransfer.engine.strategy import Strategy
 
 
@@ -30,7 +31,7 @@ def test_buffers_that_no_checkpoint_holds_are_filled_after_meta():
     with torch.no_grad():
         network.index.fill_(77)
         network.seen.fill_(5)
-    _fill_lasting(network, Positions)
+    fill_lasting(network, Positions)
     assert network.index.tolist() == [0, 1, 2, 3, 4]
     assert network.seen.tolist() == [5, 5]  # those come by name from the checkpoint or the seed
 

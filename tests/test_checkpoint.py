@@ -13,7 +13,10 @@ import torch
 from helpers_checkpoint import FACTS, Net, make, save_3_and_6, sentence, train
 
 from scaletransfer.engine import checkpoint as checkpoints
-from scaletransfer.engine.checkpoint import find_latest, open_checkpoint, pieces_by_tensor, save
+from scaletransfer.engine import checkpoint_save
+from scaletransfer.engine.checkpoint import find_latest, open_checkpoint, pieces_by_tensor
+from scaletransfer.engine.checkpoint_saver import save
+from scaletransfer.engine.pieces import momentum_of
 
 
 @pytest.fixture
@@ -42,9 +45,9 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
             continue
         assert torch.equal(one, two), name
     for one, two in zip(engine.pieces, again.pieces, strict=True):
-        mine = checkpoints.momentum_of(engine.optimizer, one)
+        mine = momentum_of(engine.optimizer, one)
         assert mine is not None and mine.abs().max() > 0
-        assert torch.equal(mine, checkpoints.momentum_of(again.optimizer, two))
+        assert torch.equal(mine, momentum_of(again.optimizer, two))
 
 
 def test_without_its_momentum_it_would_not(tmp_path):
@@ -193,13 +196,14 @@ def test_latest_moves_last(tmp_path, monkeypatch):
     engine = make()
     save(engine, tmp_path, 1, FACTS, keep=3)
     seen = []
-    original = checkpoints.os.replace
+    original = os.replace
 
     def watch(source: Path, target: Path) -> None:
-        seen.append((Path(target).name, find_latest(tmp_path)))
+        if Path(target).parent == tmp_path:
+            seen.append((Path(target).name, find_latest(tmp_path)))
         original(source, target)
 
-    monkeypatch.setattr(checkpoints.os, "replace", watch)
+    monkeypatch.setattr(checkpoint_save.os, "replace", watch)
     save(engine, tmp_path, 2, FACTS, keep=3)
     assert seen == [("step-00000002", tmp_path / "step-00000001"), ("latest", tmp_path / "step-00000002")]
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
@@ -232,7 +236,8 @@ def test_a_save_clears_what_killed_saves_left(saved):
 @pytest.mark.parametrize(
     ("moment", "newest"),
     [
-        (("write", "rank-00000.json"), 6),
+        (("write", ".rank-00000.json.tmp"), 6),
+        (("rename", "rank-00000.json"), 6),
         (("write", "manifest.json"), 6),
         (("write", "COMPLETE"), 6),
         (("rename", "step-00000009"), 6),
@@ -246,7 +251,7 @@ def test_killed_while_saving(saved, moment, newest):
     what, name = moment
     child = os.fork()
     if child == 0:
-        write, replace = checkpoints._write, os.replace
+        write, replace = checkpoint_save._write, os.replace
 
         def killed_in_write(path: Path, text: str) -> None:
             if (what, path.name) == moment:
@@ -259,7 +264,7 @@ def test_killed_while_saving(saved, moment, newest):
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
 
-        checkpoints._write, os.replace = killed_in_write, killed_in_replace
+        checkpoint_save._write, os.replace = killed_in_write, killed_in_replace
         try:
             save(engine, saved, 9, FACTS, keep=5)
         finally:
@@ -272,4 +277,4 @@ def test_killed_while_saving(saved, moment, newest):
     assert (saved / "latest").read_text() == "step-00000006\n"
     save(engine, saved, 9, FACTS, keep=5)
     assert find_latest(saved) == saved / "step-00000009"
-    assert sorted(path.name for path in saved.iterdir()) == ["latest", *(f"step-{n:08d}" for n in (3, 6, 9))]
+    assert sorted(path.name for path in saved.iterdir()) == [".saving", "latest", *(f"step-{n:08d}" for n in (3, 6, 9))]

@@ -18,8 +18,9 @@ import pytest
 import torch
 from helpers_checkpoint import FACTS, listing, make, save_3_and_6, sentence
 
-from scaletransfer.engine import checkpoint as checkpoints
-from scaletransfer.engine.checkpoint import find_latest, open_checkpoint, save
+from scaletransfer.engine import checkpoint_save
+from scaletransfer.engine.checkpoint import find_latest, generator_states, open_checkpoint
+from scaletransfer.engine.checkpoint_saver import save
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def rewrite_manifest(folder: Path, change) -> None:
 # ---- damage and hostility
 
 
-@pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
+@pytest.mark.parametrize("place", [0.001, 0.06, 0.1, 0.6, 0.999])
 def test_a_flipped_bit(saved, place):
     path = saved / "step-00000006" / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
@@ -50,6 +51,7 @@ def test_a_flipped_bit(saved, place):
     with pytest.raises(ValueError, match="differs from what the training process saved") as caught:
         for name in found.parts:
             found.read(name)
+        generator_states(found, 0, 1)
     assert str(path) in sentence(caught)
 
 
@@ -169,8 +171,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(saved, size):
     with files_no_larger_than(size), pytest.raises(OSError, match=r"rank-00000|manifest|File too large") as caught:
         save(engine, saved, 9, FACTS, keep=1)
     assert "\n" not in str(caught.value)
-    after = {name: digest for name, digest in listing(saved).items() if not name.startswith(".step-")}
-    assert after == before
+    assert listing(saved) == before
     assert find_latest(saved) == saved / "step-00000006"
     assert (saved / "latest").read_text() == "step-00000006\n"
     save(engine, saved, 9, FACTS, keep=1)  # room again
@@ -180,7 +181,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(saved, size):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_any_failing_write_costs_nothing_that_was_saved(saved, monkeypatch, failing):
     before = listing(saved)
-    original = getattr(checkpoints.os, failing)
+    original = getattr(checkpoint_save.os, failing)
     for nth in range(1, 4):
         calls = []
 
@@ -190,14 +191,14 @@ def test_any_failing_write_costs_nothing_that_was_saved(saved, monkeypatch, fail
                 raise OSError(28, "No space left on device")
             return original(*arguments)
 
-        monkeypatch.setattr(checkpoints.os, failing, fail)
+        monkeypatch.setattr(checkpoint_save.os, failing, fail)
         try:
             save(make(), saved, 9, FACTS, keep=5)
         except OSError:
             pass
         else:
             assert failing == "replace" and nth == 3  # there are two renames: the folder's and latest's
-        monkeypatch.setattr(checkpoints.os, failing, original)
+        monkeypatch.setattr(checkpoint_save.os, failing, original)
         shown = listing(saved)
         assert {name: shown[name] for name in before if name != "latest"} == {
             name: digest for name, digest in before.items() if name != "latest"

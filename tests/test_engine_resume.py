@@ -167,14 +167,14 @@ def killed_while_saving(bench: Bench, engine: str, name: str) -> None:
     """Kill a run that hangs in the middle of its second checkpoint, everything written but the marker."""
     run = launch(engine, ["6", *bench.arguments(name)], bench.folder, module="workers_resume.slow_save")
     try:
-        hidden = bench.run(name) / "checkpoints" / ".step-00000006.tmp" / "manifest.json"
-        while not hidden.exists():
+        root = bench.run(name) / "checkpoints"
+        while not list(root.glob(".step-00000006.*/manifest.json")):
             assert run.process.poll() is None, run.text()
             time.sleep(0.01)
         kill(run, 1)
     finally:
         run.end()
-    assert hidden.exists()
+    assert list(root.glob(".step-00000006.*/manifest.json")) and not list(root.glob(".step-00000006.*/COMPLETE"))
     assert find_latest(bench.run(name) / "checkpoints") == bench.run(name) / "checkpoints" / "step-00000003"
     assert (bench.run(name) / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
@@ -220,6 +220,75 @@ def test_a_run_goes_on_under_another_engine_and_number_of_ranks(bench):
     for one, two in zip(found, expected, strict=True):
         assert one["keys_sha256"] == two["keys_sha256"]
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_is_full_for_one_rank(bench, victim):
+    """The run ends with a sentence that says what and where, and what was saved before stays."""
+    name = f"full-{victim}"
+    worker = {"module": "workers_resume.full_disk"}
+    run = launch("ddp", [str(victim), "6", *bench.arguments(name)], bench.folder, **worker)
+    try:
+        assert run.wait() != 0
+    finally:
+        run.end()
+    said = [line for line in re.split(r"[\r\n]", run.err.read_text()) if line.startswith("error: ")]
+    assert said and all("No space left on device" in line and "rank-0000" in line for line in said), run.text()
+    assert any(f"rank-0000{victim}.safetensors" in line for line in said) and "Traceback" not in said[0]
+    root = bench.run(name) / "checkpoints"
+    assert find_latest(root) == root / "step-00000003" and (root / "latest").read_text() == "step-00000003\n"
+    assert done(bench.run(name)) < STEPS
+    bench.finish("ddp", name)
+    same(bench.run(name), bench.whole("ddp"), bench.folder)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_may_go_on(bench):
+    """It says so at every checkpoint that it cannot write, and does not end well without its last."""
+    overrides = ["checkpoint.on_failure=continue", "max_steps=9"]
+    arguments = ["1", "6", *bench.arguments("full-on", *overrides)]
+    run = launch("ddp", arguments, bench.folder, module="workers_resume.full_disk")
+    try:
+        assert run.wait() != 0
+    finally:
+        run.end()
+    assert done(bench.run("full-on")) == 9
+    words = "checkpoint of step 6 was not written, training goes on with the ones before it: rank 1 could not write"
+    assert words in run.text() + (bench.run("full-on") / "log.txt").read_text()
+    assert find_latest(bench.run("full-on") / "checkpoints") == bench.run("full-on") / "checkpoints" / "step-00000003"
+
+
+CHAINS = {
+    "zero3 on 4, fsdp2 on 2, ddp on 3": [("zero3", 4, 3), ("fsdp2", 2, 6), ("ddp", 3, STEPS)],
+    "ddp on 3, zero1 on 2, fsdp2 on 4": [("ddp", 3, 2), ("zero1", 2, 5), ("fsdp2", 4, STEPS)],
+    "zero2 on 2, zero3 on 3, zero2 on 4": [("zero2", 2, 3), ("zero3", 3, 7), ("zero2", 4, STEPS)],
+}
+"""Stages (engine, ranks, step at which it ends); every change falls into the middle of an epoch."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", CHAINS.values(), ids=CHAINS)
+def test_engine_and_number_of_ranks_change_in_the_middle_of_an_epoch(tmp_path, stages):
+    """Every sample still once an epoch, and the losses of the uninterrupted run on one process."""
+    shards = make_shards(tmp_path, rows=STEPS_AN_EPOCH * 24 + 5, shard_size=40)
+    text = CONFIG.replace("global_batch: 32", "global_batch: 24").replace("micro_batch: 8", "micro_batch: 2", 1)
+    text = text.replace("every_steps: 3", "every_steps: 100").replace("image_size: 32", "image_size: 16")
+    config = write_config(tmp_path, shards, text.replace("validate: {every_epochs: 2", "validate: {every_epochs: null"))
+    for engine, world, end in stages:
+        assert end % STEPS_AN_EPOCH or end == STEPS
+        arguments = ["--config", str(config), "name=moved", f"max_steps={end}"]
+        arguments.append(f"checkpoint.asynchronous={str(world != 2).lower()}")
+        run = launch_to_end(engine, arguments, tmp_path, world=world, limit=600)
+        assert f"{engine} on {world} ranks" in run.out.read_text()
+    moved = tmp_path / "runs" / "moved"
+    whole = run_single(config, "name=whole", "data.workers=0", "micro_batch=24")
+    found, expected = steps(moved), steps(whole.folder)
+    assert len(found) == len(expected) == STEPS
+    for one, two in zip(found, expected, strict=True):
+        assert one["keys_sha256"] == two["keys_sha256"] and one["lr"] == two["lr"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["clipped_units"] == pytest.approx(two["clipped_units"], abs=1e-3)
 
 
 def test_without_its_momentum_a_run_would_not_go_on_as_it_was(bench, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from helpers_engine import ROOT, jobs
 
 from scaletransfer.engine.strategy import ENGINES, asked
 
-WORLDS = {engine: 1 if engine == "single" else 2 for engine in ENGINES}
+WORLDS = {engine: {"single": 1, "hsdp": 4}.get(engine, 2) for engine in ENGINES}
 Edit = Callable[[dict[str, Any]], Any]
 
 
@@ -64,15 +65,31 @@ def test_each_launch_file_asks_for_its_engine(engine: str, monkeypatch: pytest.M
     strategy = asked(exported(ROOT / "launch" / f"{engine}.yaml", monkeypatch))
     assert strategy.engine == engine
     world = WORLDS[engine]
-    assert (strategy.world, strategy.rank, strategy.local_rank) == (world, world - 1, world - 1)
+    assert (strategy.world, strategy.rank, strategy.local_rank) == (world, min(1, world - 1), min(1, world - 1))
+    copies = {"ddp": 2, "hsdp": 2}.get(engine, 1)
+    assert (strategy.replicas, strategy.shards) == (copies, world // copies)
+    assert strategy.offload == (engine == "zero3_offload")
     assert strategy.cpu
     assert strategy.deepspeed == engine.startswith("zero")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3", "zero3_offload"])
 def test_num_processes_sets_the_world(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = asked(exported(ROOT / "launch" / f"{engine}.yaml", monkeypatch, "--num_processes", "5"))
     assert (strategy.engine, strategy.world) == (engine, 5)
+
+
+def test_replicas_and_shards_of_hybrid_sharding_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = ("--parallelism_config_dp_replicate_size", "3", "--parallelism_config_dp_shard_size", "4")
+    strategy = asked(exported(ROOT / "launch" / "hsdp.yaml", monkeypatch, "--num_processes", "12", *mesh))
+    assert (strategy.engine, strategy.world, strategy.replicas, strategy.shards) == ("hsdp", 12, 3, 4)
+    assert [dataclasses.replace(strategy, rank=rank).replica for rank in (0, 3, 4, 11)] == [0, 0, 1, 2]
+
+
+def test_processes_that_do_not_fit_the_mesh_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = exported(ROOT / "launch" / "hsdp.yaml", monkeypatch, "--num_processes", "6")
+    with pytest.raises(ValueError, match="2 replicas of 2 shards but 6 processes were started: set --num_processes"):
+        asked(env)
 
 
 def test_every_launch_file_is_known_and_every_engine_has_one() -> None:
@@ -85,19 +102,24 @@ def test_cuda_is_used_where_it_is_there_unless_the_cpu_is_asked_for() -> None:
     assert (asked({}).engine, asked({"WORLD_SIZE": "3", "RANK": "2"}).engine) == ("single", "ddp")
 
 
+OFFLOADED = {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+ONE_REPLICA = {"parallelism_config_dp_replicate_size": 1, "parallelism_config_dp_shard_size": 4}
+ONE_SHARD = {"parallelism_config_dp_replicate_size": 4, "parallelism_config_dp_shard_size": 1}
 REFUSED: list[tuple[str, Edit, str]] = [
     ("zero2", lambda s: s["deepspeed_config"].update(zero_stage=0), "zero_stage is 0: use launch/zero1"),
-    ("zero2", lambda s: s["deepspeed_config"].update(offload_optimizer_device="cpu"), "offload is not supported yet"),
+    (
+        "zero2",
+        lambda s: s["deepspeed_config"].update(offload_optimizer_device="cpu"),
+        "offload_optimizer_device is cpu and deepspeed_config.offload_param_device is none with zero_stage 2: only",
+    ),
+    ("zero2", lambda s: s["deepspeed_config"].update(OFFLOADED), "is cpu with zero_stage 2: only both none"),
     ("zero3", lambda s: s["deepspeed_config"].update(offload_param_device="nvme"), "offload_param_device is nvme"),
+    ("zero3_offload", lambda s: s["deepspeed_config"].update(offload_param_device="none"), "offload_param_device is n"),
     ("fsdp2", lambda s: s["fsdp_config"].update(fsdp_version=1), "only FSDP2 is supported"),
     ("fsdp2", lambda s: s["fsdp_config"].update(fsdp_offload_params=True), "fsdp_offload_params is true"),
-    (
-        "fsdp2",
-        lambda s: s.update(
-            parallelism_config={"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 2}
-        ),
-        "hybrid sharding is not supported yet",
-    ),
+    ("hsdp", lambda s: s["parallelism_config"].update(parallelism_config_tp_size=2), "parallelism_config_tp_size is 2"),
+    ("hsdp", lambda s: s["parallelism_config"].update(ONE_REPLICA), "1 replicas of 4 shards: hybrid sharding needs"),
+    ("hsdp", lambda s: s["parallelism_config"].update(ONE_SHARD), "4 replicas of 1 shards: .* launch/ddp.yaml"),
 ]
 
 
@@ -119,7 +141,8 @@ def test_a_deepspeed_configuration_file_is_refused(tmp_path: Path, monkeypatch: 
         asked(exported(path, monkeypatch))
 
 
-TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "hsdp": "FSDP", **dict.fromkeys(ZERO, "DEEPSPEED")}
 
 
 @pytest.mark.engine
@@ -127,12 +150,13 @@ TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DE
 @pytest.mark.parametrize("engine", list(TYPES))
 def test_the_rehearsal_makes_accelerate_run_the_engine_on_cpu(engine: str) -> None:
     """Fails when a release of accelerate changes the private state that `engine.rehearsal` sets."""
-    for rank, found in enumerate(jobs(engine, 2)["rehearsal"]):
+    world = WORLDS[engine]
+    for rank, found in enumerate(jobs(engine, world)["rehearsal"]):
         assert found["type"] == found["partial type"] == TYPES[engine]
-        assert (found["processes"], found["index"], found["main"]) == (2, rank, rank == 0)
-        assert (found["device"], found["sum"]) == ("cpu", 2)
-        wanted = {"fsdp2": "FullyShardedDataParallelPlugin"}.get(
-            engine, "DeepSpeedPlugin" if "zero" in engine else None
-        )
-        assert found["plugin"] == wanted
-        assert found["stage"] == (int(engine[4:]) if "zero" in engine else None)
+        assert (found["processes"], found["index"], found["main"]) == (world, rank, rank == 0)
+        assert (found["device"], found["sum"]) == ("cpu", world)
+        wanted = {"FSDP": "FullyShardedDataParallelPlugin", "DEEPSPEED": "DeepSpeedPlugin"}
+        assert found["plugin"] == wanted.get(TYPES[engine])
+        assert found["stage"] == (int(engine[4]) if "zero" in engine else None)
+        assert found["offload"] == (engine == "zero3_offload")
+        assert found["mesh"] == ([2, 2] if engine == "hsdp" else None)

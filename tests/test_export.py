@@ -8,17 +8,22 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers_run import make_shards, rows, run_single, write_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scaletransfer import labels
 from scaletransfer.cli import main as cli
 from scaletransfer.engine.checkpoint import open_checkpoint
+from scaletransfer.engine.checkpoint_save import Job, hidden
 from scaletransfer.engine.trainer import Trainer
 from scaletransfer.export import main as export
 from scaletransfer.export import prove
@@ -198,3 +203,67 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, capsys, small_disk):
     message = refused(capsys, str(made[1]), "--to", str(tmp_path / "out"))
     assert "model.safetensors" in message and "File too large" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_the_library_reads_the_file_and_its_order_is_the_networks(made, tmp_path):
+    export([str(made[1]), "--to", str(tmp_path / "out")])
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
+        assert handle.metadata() is None
+        assert set(handle.keys()) == set(made[0].engine.module.state_dict())
+
+
+MEMORY = """\
+import resource, sys
+from pathlib import Path
+from scaletransfer.engine.checkpoint import open_checkpoint
+from scaletransfer.export import export
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+before = peak()
+export(checkpoint, Path(sys.argv[2]))
+print(peak() - before)
+"""
+
+
+def test_an_export_needs_a_small_part_of_the_networks_memory(tmp_path):
+    """300 MB, 220 of them one tensor that three ranks hold parts of."""
+    sizes, world = {"model.a": [6, 1000, 1000], "model.b": [55, 1000, 1000], "model.c": [14, 1000, 1000]}, 3
+    facts = {"model": "none", "label_names": [], "samples_seen": 0}
+    names = ("task", "policy", "normalisation", "transform", "seed", "global_batch", "data", "optimizer")
+    facts |= dict.fromkeys(names, "")
+    expected = {}
+    for rank in reversed(range(world)):
+        parts = [(name, 10**6 * s[0] * rank // world, 10**6 * s[0] * (rank + 1) // world) for name, s in sizes.items()]
+        arrays = [np.full(stop - start, rank + 0.5, np.float32) for _, start, stop in parts]
+        expected[rank] = parts[1]
+        hidden(tmp_path, 5, "x").mkdir(exist_ok=True)
+        Job(
+            root=tmp_path,
+            step=5,
+            token="x",
+            rank=rank,
+            world=world,
+            keep=1,
+            names=parts,
+            data=lambda arrays=arrays: [[array] for array in arrays],
+            generators={},
+            head={"engine": "none", "world": world, "facts": facts},
+            shapes=sizes,
+            timeout=60,
+        ).run()
+    del arrays
+    folder, out = tmp_path / "step-00000005", tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(folder), str(out)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 100e6, done.stdout
+    with safe_open(out / "model.safetensors", framework="np") as handle:
+        found = handle.get_slice("b")
+        assert found.get_shape() == [55, 1000, 1000]
+        for rank, (_, start, stop) in expected.items():
+            assert found[start // 10**6].reshape(-1)[start % 10**6] == rank + 0.5
+            assert found[(stop - 1) // 10**6].reshape(-1)[(stop - 1) % 10**6] == rank + 0.5
+    shutil.rmtree(tmp_path / "out")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletransfer.models import PUBLISHED, PreActBottleneck, create_model, head_names, init_weights
@@ -209,14 +211,19 @@ def _kept(model: nn.Module, image: Tensor) -> list[Tensor]:
     return kept
 
 
-def test_checkpointing_keeps_no_standardised_weight_of_a_unit() -> None:
+def test_no_standardised_weight_lives_from_forward_to_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model("BiT-tiny", 4)
     init_weights(model, 0)
     image = torch.zeros(1, 1, 64, 64)
-    weights = {tuple(p.shape) for n, p in model.named_parameters() if n.startswith("body") and p.ndim == 4}
-    assert weights <= {tuple(t.shape) for t in _kept(model, image)}, "the check would not see a kept weight"
-    model.set_grad_checkpointing()
-    assert not weights & {tuple(t.shape) for t in _kept(model, image)}
+    weights = {tuple(p.shape) for p in model.parameters() if p.ndim == 4}
+    weights |= {(p.shape[0], p[0].numel()) for p in model.parameters() if p.ndim == 4}  # as rows
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        assert not weights & {tuple(t.shape) for t in _kept(model, image)}
+    model.set_grad_checkpointing(False)
+    monkeypatch.setattr(StdConv2d, "forward", _by_autograd)
+    body = {tuple(p.shape) for n, p in model.named_parameters() if n.startswith("body") and p.ndim == 4}
+    assert body <= {tuple(t.shape) for t in _kept(model, image)}, "the check would not see a kept weight"
 
 
 def test_forward_compiles_to_one_graph() -> None:
@@ -296,3 +303,45 @@ def test_group_norm_stays_in_bf16_under_autocast() -> None:
         for precision in ("fp32", "bf16")
     }
     assert per_image["bf16"] < 0.6 * per_image["fp32"]
+
+
+def _by_autograd(layer: StdConv2d, x: Tensor) -> Tensor:
+    """The same convolution, its backward left to autograd."""
+    return F.conv2d(x, standardize(layer.weight, layer.ws_eps).to(x.dtype), None, layer.stride, layer.padding)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_gradients_of_a_standardised_convolution(kernel: int, stride: int, dtype: torch.dtype, tolerance: float):
+    torch.manual_seed(kernel)
+    layer = StdConv2d(6, 8, kernel, stride=stride, ws_eps=1e-8).to(dtype)
+    found = []
+    for forward in (layer, partial(_by_autograd, layer)):
+        x = torch.randn(2, 6, 15, 15, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        out = forward(x)
+        out.square().sum().backward()
+        found.append((out.detach(), x.grad, layer.weight.grad))
+        layer.weight.grad = None
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_gradients_of_a_standardised_convolution_under_autocast_and_where_one_is_not_wanted():
+    layer = StdConv2d(6, 8, 3, ws_eps=1e-8)
+    x = torch.randn(2, 6, 9, 9, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
+    with torch.no_grad():
+        assert (out - _by_autograd(layer, x)).abs().max() < 0.01 * out.abs().max()
+    layer.weight.grad = None
+    layer.weight.requires_grad_(False)
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.weight.grad is None and x.grad.abs().max() > 0
+    layer.weight.requires_grad_(True)
+    layer(x.detach()).square().sum().backward()
+    assert layer.weight.grad.abs().max() > 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from scaletransfer.optim import FLOOR, SGD_AGC, Segment, flat, scale_units, split_head, square_sums
+from scaletransfer.optim import FLOOR, SGD_AGC, split_head
+from scaletransfer.units import Segment, UnitPlan, flat
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (7,), (1, 5), (6, 3), (4, 3, 2), (5, 2, 3, 3), (3, 2, 2, 1, 2))
 """0-D to 5-D. Rows of the same tensor get weights and gradients of very different norms, see `draw`."""
@@ -187,7 +191,7 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 )
 def test_without_clipping_it_is_torch_sgd_bit_by_bit(options: Group) -> None:
     torch.manual_seed(0)
-    mine = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    mine = [nn.Parameter(torch.randn(shape)) for shape in (*SHAPES, (64,), (131, 77), (128, 33, 3, 3))]
     theirs = [nn.Parameter(p.detach().clone()) for p in mine]
     ours, sgd = SGD_AGC(mine, lr=0.1, clipping=None, **options), torch.optim.SGD(theirs, lr=0.1, **options)
     for _ in range(4):
@@ -337,66 +341,161 @@ def test_split_head_keeps_every_parameter_once_and_refuses_an_unknown_head() -> 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
-shapes = st.lists(st.integers(1, 5), min_size=0, max_size=5).map(tuple)
+small_shapes = st.lists(st.integers(1, 5), min_size=0, max_size=5).map(tuple)
+# Whose rows, or all of which, are reduced in blocks together with their neighbours.
+wide_shapes = st.one_of(
+    st.tuples(st.integers(1, 6), st.sampled_from([16, 48, 64, 80, 128, 144])),
+    st.tuples(st.integers(1, 3), st.just(32), st.integers(1, 3), st.just(3)),
+    st.tuples(st.sampled_from([16, 64, 128, 192, 200])),
+)
+shapes = st.one_of(small_shapes, wide_shapes)
 
 
 @st.composite
 def cut_tensors(draw_from: st.DrawFn) -> tuple[list[tuple[int, ...]], list[list[int]], int]:
     """Shapes of some parameters, and for each the places where it is cut into one range a rank."""
     ranks = draw_from(st.integers(1, 4))
-    chosen = draw_from(st.lists(shapes, min_size=1, max_size=3))
+    chosen = draw_from(st.lists(shapes, min_size=1, max_size=5))
     cuts = []
     for shape in chosen:
         size = math.prod(shape)
-        inner = draw_from(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1))
-        cuts.append([0, *sorted(inner), size])
+        row = size // shape[0] if shape else 1
+        inner = st.one_of(st.integers(0, size), st.integers(0, size // row).map(lambda n, row=row: n * row))
+        cuts.append([0, *sorted(draw_from(st.lists(inner, min_size=ranks - 1, max_size=ranks - 1))), size])
     return chosen, cuts, ranks
 
 
-@settings(max_examples=150, deadline=None)
-@given(cut_tensors(), st.integers(0, 2**31))
+Cut = tuple[list[tuple[int, ...]], list[list[int]], int]
+
+
+def segments_of(cut: Cut, rank: int) -> list[Segment]:
+    """A rank's pieces one after the other in a flat tensor, behind one element that belongs to nobody."""
+    mine, offset = [], 1
+    for shape, where in zip(cut[0], cut[1], strict=True):
+        mine.append(Segment(shape, where[rank], where[rank + 1], offset))
+        offset += where[rank + 1] - where[rank]
+    return mine
+
+
+def holder_of(wholes: Sequence[np.ndarray], mine: Sequence[Segment], dtype: torch.dtype) -> Tensor:
+    """The flat tensor of such a rank: 100 stands before and behind what belongs to somebody."""
+    parts = [whole.reshape(-1)[segment.start : segment.stop] for whole, segment in zip(wholes, mine, strict=True)]
+    return torch.tensor(np.concatenate([[100.0], *parts, [100.0]]), dtype=dtype)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut_tensors(), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]), st.booleans())
 def test_pieces_of_any_cut_give_the_sums_and_scales_of_the_whole(
-    cut: tuple[list[tuple[int, ...]], list[list[int]], int], seed: int
+    cut: Cut, seed: int, dtype: torch.dtype, apart: bool
 ) -> None:
     """Every simulated rank holds its pieces in one flat tensor; sums over ranks are those of the whole tensors."""
-    chosen, cuts, ranks = cut
+    chosen, _, ranks = cut
     rng = np.random.default_rng(seed)
     wholes = [rng.normal(size=shape) for shape in chosen]
-    holders: list[Tensor] = []
-    segments: list[list[Segment]] = []
+    rows = [rows_of(np.asarray(whole)) for whole in wholes]
+    units = [len(row) if apart else 1 for row in rows]
+    scale = rng.uniform(0.1, 1, sum(units))
+    factors = [
+        np.repeat(part if apart else 1.0, row.size // len(part))
+        for part, row in zip(np.split(scale, np.cumsum(units)[:-1]), rows, strict=True)
+    ]
+    scaled = [whole.reshape(-1) * factor for whole, factor in zip(wholes, factors, strict=True)]
+    total = np.zeros(sum(units))
     for rank in range(ranks):
-        parts, mine, offset = [], [], 1  # one element in front that belongs to nobody
-        for shape, whole, where in zip(chosen, wholes, cuts, strict=True):
-            start, stop = where[rank], where[rank + 1]
-            mine.append(Segment(shape, start, stop, offset))
-            parts.append(whole.reshape(-1)[start:stop])
-            offset += stop - start
-        holders.append(torch.tensor(np.concatenate([[100.0], *parts, [100.0]])))
-        segments.append(mine)
-    for number, (shape, whole) in enumerate(zip(chosen, wholes, strict=True)):
-        rows = rows_of(whole)
-        sums, total = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        scale = torch.tensor(rng.uniform(0.1, 1, len(rows)))
-        scaled = []
-        for holder, mine in zip(holders, segments, strict=True):
-            segment = mine[number]
-            assert (segment.units, segment.unit_size) == rows.shape
+        mine = segments_of(cut, rank)
+        for segment, row in zip(mine, rows, strict=True):
             runs = list(segment.runs())
+            assert (segment.units, segment.unit_size) == row.shape
             assert [begin for begin, *_ in runs] == [0, *(end for _, end, *_ in runs)][: len(runs)]
             assert sum(end - begin for begin, end, *_ in runs) == segment.stop - segment.start
             assert len(runs) <= 3
-            piece = holder[segment.offset : segment.offset + segment.stop - segment.start]
-            if len(piece):
-                square_sums(piece, segment, sums)
-                square_sums(piece, segment, total, whole=True)
-                changed = piece.clone()
-                scale_units(changed, segment, scale)
-                scaled.append(changed)
-        np.testing.assert_allclose(sums.numpy(), (rows**2).sum(axis=1), rtol=1e-12)
-        np.testing.assert_allclose(float(total), (rows**2).sum(), rtol=1e-12)
-        expected = (rows * scale.numpy()[:, None]).reshape(-1)
-        np.testing.assert_allclose(torch.cat(scaled).numpy(), expected, rtol=1e-15, err_msg=str(shape))
-    assert all(float(holder[0]) == float(holder[-1]) == 100.0 for holder in holders)
+        holder = holder_of(wholes, mine, dtype)
+        plan = UnitPlan([holder], [mine], [apart])
+        assert (plan.units, plan.first) == (sum(units), [0, sum(units)])
+        sums, missing = torch.zeros(2, sum(units), dtype=dtype)
+        plan.square_sums([holder], sums)
+        plan.square_sums([None], missing)
+        assert not missing.any()
+        total += sums.numpy()
+        plan.scale([None], torch.from_numpy(scale))
+        plan.scale([holder], torch.from_numpy(scale))
+        wanted = holder_of(scaled, mine, dtype).numpy()
+        np.testing.assert_allclose(holder.numpy(), wanted, rtol=3e-7 if dtype == torch.float32 else 1e-15)
+    expected = np.concatenate([(row**2).sum(axis=1 if apart else None, keepdims=not apart).reshape(-1) for row in rows])
+    np.testing.assert_allclose(total, expected, rtol=2e-6 if dtype == torch.float32 else 1e-12)
+
+
+class Ranks:
+    """As many threads as ranks, and the sum over them: what the optimizer takes for the process group."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.given: list[Tensor] = []
+        self.calls = 0
+
+    def all_reduce(self, tensor: Tensor, group: object) -> None:
+        assert group is self
+        self.given.append(tensor)
+        self.calls += 1
+        self.barrier.wait()
+        total = torch.stack(self.given).sum(dim=0)
+        self.barrier.wait()
+        tensor.copy_(total)
+        self.given.clear()
+        self.barrier.wait()
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        with mock.patch.object(dist, "all_reduce", self.all_reduce), ThreadPoolExecutor(self.barrier.parties) as pool:
+            return list(pool.map(work, range(self.barrier.parties)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut_tensors(), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]))
+def test_ranks_with_any_cut_are_stepped_like_the_reference(cut: Cut, seed: int, dtype: torch.dtype) -> None:
+    """Units over several ranks, ranks that hold nothing, clipped and plain groups: three steps, one reduction each."""
+    chosen, _, ranks = cut
+    rng = np.random.default_rng(seed)
+    whole = [draw(shape, rng, 1.0).astype(np.float32).astype(np.float64) for shape in chosen]
+    gradients = [[draw(shape, rng, 0.05).astype(np.float32) for shape in chosen] for _ in range(3)]
+    plain = len(chosen) // 2  # parameters from here on are not clipped
+    common: Group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clipping": 0.02}
+    group = Ranks(ranks)
+
+    def work(rank: int) -> tuple[list[Segment], list[Tensor], list[int]]:
+        mine = segments_of(cut, rank)
+        holders = [nn.Parameter(holder_of(whole, mine, dtype)) for _ in range(2)]
+        parts = [mine[:plain], mine[plain:]]
+        optimizer = SGD_AGC([{"params": [holders[0]]}, {"params": [holders[1]], "clipping": None}], **common)
+        optimizer.set_layout(dict(zip(holders, parts, strict=True)), group)  # type: ignore[arg-type]
+        clipped = []
+        for step in gradients:
+            for holder in holders:
+                holder.grad = holder_of(step, mine, dtype)
+            optimizer.step()
+            stats = optimizer.pop_stats()
+            assert stats is not None
+            np.testing.assert_allclose(
+                float(stats.square_norm), sum((g.astype(float) ** 2).sum() for g in step), rtol=1e-5
+            )
+            clipped.append(int(stats.clipped))
+        return mine, [holder.detach() for holder in holders], clipped
+
+    found = group.run(work)
+    assert group.calls == 3 * ranks
+    buffers: list[np.ndarray | None] = [None] * len(chosen)
+    wanted = [np.array(value) for value in whole]
+    for step in gradients:
+        for number, gradient in enumerate(step):
+            options = {**DEFAULTS, **common, **({"clipping": None} if number >= plain else {})}
+            buffers[number] = reference_step(wanted[number], gradient, buffers[number], options)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    for mine, holders, clipped in found:
+        assert clipped == found[0][2]
+        for number, (segment, value) in enumerate(zip(mine, wanted, strict=True)):
+            held = holders[number >= plain][segment.offset : segment.offset + segment.stop - segment.start]
+            expected = value.reshape(-1)[segment.start : segment.stop]
+            scale = max(1e-3, float(np.abs(value).max(initial=0)))
+            np.testing.assert_allclose(held.numpy(), expected, rtol=0, atol=tolerance * scale, err_msg=str(segment))
 
 
 @settings(max_examples=60, deadline=None)

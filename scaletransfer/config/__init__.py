@@ -222,6 +222,9 @@ def parse_args(
         action="store_true",
         help="print the resolved configuration and stop",
     )
+    resume = "checkpoint.resume"
+    if cls is PretrainConfig:
+        parser.add_argument("--resume", metavar="latest|FOLDER|URL", help=f"the same as {resume}=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set one key, for example seed=1")
     extras, unknown = parser.parse_known_intermixed_args(argv)
     for option in unknown:
@@ -231,6 +234,8 @@ def parse_args(
             raise ValueError(f"unknown option {name}: an override has no dashes, write {dotted}=VALUE.")
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise ValueError(f"unknown option {name}{files.nearest(name, known)}; see --help.")
+    if getattr(extras, "resume", None) is not None:
+        extras.overrides = [*extras.overrides, f"{resume}={extras.resume}"]
     cfg: object = load_config(extras.config, extras.overrides, cls)
     if extras.print_config:
         if os.environ.get("RANK", "0") == "0":  # under a launcher once, not once a process

@@ -78,7 +78,9 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
     """Every leaf of the schema `cls`, in the order of the source, with the docstring that stands under it."""
     import docstring_parser  # comes with jsonargparse[signatures]
 
-    documentation = {p.arg_name: p.description for p in docstring_parser.parse_from_object(cls).params}
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]  # a field may be inherited
+    parsed = [docstring_parser.parse_from_object(base) for base in bases]
+    documentation = {p.arg_name: p.description for one in parsed for p in one.params}
     for field in dataclasses.fields(cls):
         name, hint = f"{prefix}{field.name}", hints(cls)[field.name]
         if is_section(hint):

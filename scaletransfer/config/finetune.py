@@ -159,6 +159,12 @@ class FinetuneCheckpointConfig(CheckpointConfig):
 
     every_steps: int | None = 100
     """Save after so many steps; null: not by steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.upload is None, "checkpoint.upload", self.upload, "null: fine-tuning runs are not copied away")
+        check(self.resume == "latest", "checkpoint.resume", self.resume, "latest: fine-tuning has its own folder")
+
     every_minutes: float | None = 30.0
     """Save when so many minutes have passed since the last save; null: not by time."""
     keep: int = 1

@@ -126,6 +126,22 @@ class CheckpointConfig:
     """Save when so many minutes have passed since the last save; null: not by time."""
     keep: int = 3
     """How many complete checkpoints stay; older ones are deleted."""
+    asynchronous: bool = True
+    """Training waits for a copy in host memory only, and a thread writes it. false: it waits for the disk, and needs
+    no memory: the copy takes 8 bytes a parameter (weights and momentum), divided by the ranks, once."""
+    timeout_minutes: float = 30.0
+    """How long rank 0 waits for the files of the other ranks once its own is there."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a run does when a checkpoint cannot be written (disk full). stop: end with an error. continue: say so, go
+    on, and try again when the next is due. The checkpoints before it stay; a run's last one must be written."""
+    upload: str | None = None
+    """URL (s3://bucket/folder, file:///folder) below which finished checkpoints are copied while training goes on, in
+    a folder with the run's name. What goes wrong there is said and ends nothing. null: nowhere."""
+    upload_keep: int = 3
+    """How many complete checkpoints stay there."""
+    resume: str = "latest"
+    """latest: go on from the newest checkpoint in the run folder, or in upload where that has a newer one. A folder or
+    URL (of a run or of one checkpoint): look there instead of in upload. The command line has --resume for it."""
 
     def __post_init__(self) -> None:
         check(
@@ -142,6 +158,11 @@ class CheckpointConfig:
             "above 0, or null",
         )
         check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        limit = self.timeout_minutes
+        check(0 < limit < float("inf"), "checkpoint.timeout_minutes", limit, "a positive number")
+        check(self.upload_keep >= 1, "checkpoint.upload_keep", self.upload_keep, "1 or more")
+        check(self.upload is None or self.upload != "", "checkpoint.upload", self.upload, "a URL, or null")
+        check(self.resume != "", "checkpoint.resume", self.resume, "latest, a folder or a URL")
 
 
 @dataclass(frozen=True, kw_only=True)

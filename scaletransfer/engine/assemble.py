@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from scaletransfer.config import ModelConfig, OptimizerConfig, PretrainConfig, accumulation
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
-from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
+from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
-from scaletransfer.engine.data import open_data
+from scaletransfer.engine.checkpoint_fetch import LATEST, Start, place
+from scaletransfer.engine.checkpoint_upload import Uploader
+from scaletransfer.engine.data import open_data, remote_settings
+from scaletransfer.engine.filling import Values
 from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runfolder import take_folder
@@ -228,26 +232,37 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None =
     per_epoch = train.order.samples_per_epoch
     lr_at(schedule, 0, per_epoch, cfg.global_batch)  # a schedule that cannot be is refused here
     check_writable(folder)
-    latest = checkpoints.find_latest(folder / "checkpoints")
-    found = None if latest is None else checkpoints.open_checkpoint(latest)
-    if found is not None:
-        check_continues(found, facts)
+    remote = remote_settings(cfg.data.remote)
+    start = Start(
+        folder / "checkpoints",
+        place(cfg.checkpoint.resume, cfg.checkpoint.upload, cfg.name),
+        demanded=cfg.checkpoint.resume != LATEST,
+        accept=lambda checkpoint: check_continues(checkpoint, facts),
+        remote=remote,
+    )
+
+    def values(skeleton: nn.Module) -> Values:
+        start.look(strategy.rank, torch.device("cpu" if strategy.cpu else f"cuda:{strategy.local_rank}"))
+        return starting_values(cfg, start.found, names)(skeleton)
+
     engine = build_engine(
         strategy,
         lambda: make_network(cfg.model, len(names)),
-        starting_values(cfg, found, names),
+        values,
         lambda network: make_optimizer(cfg.optimizer, network),
         precision=resolve_precision(cfg.precision, strategy),
         micro_batch=cfg.micro_batch,
         accumulation=steps,
     )
     verify.check_built(engine, OPTIMIZERS[cfg.optimizer.name])
+    found = start.found
     check_same_start(engine, 0 if found is None else found.step)
     if found is not None:
         checkpoints.load_momentum(engine, found)
+    seed_generators(cfg.seed, strategy.rank, 0 if found is None else found.step)
     held = None
     if strategy.rank == 0:  # only now: what does not fit leaves no folder behind
-        held = take_folder(folder, cfg, strategy, latest)
+        held = take_folder(folder, cfg, strategy, None if found is None else found.folder)
     say_start(engine, found, total)
     return Trainer(
         cfg=cfg,
@@ -264,11 +279,27 @@ def build_trainer(cfg: PretrainConfig, strategy: Strategy, guard: Guard | None =
         start=0 if found is None else found.step,
         total=total,
         best=None if found is None else found.facts.get("best"),
+        generators=None if found is None else checkpoints.generator_states(found, strategy.rank, strategy.world),
+        away=uploader(cfg) if strategy.rank == 0 else None,
         skipped=0 if found is None else int(found.facts.get("skipped") or 0),
         guard=guard or Guard(),
         reading=Reading(max_bad=cfg.data.max_bad_samples),
         worker_kind=cfg.data.worker_kind,
     )
+
+
+def uploader(cfg: PretrainConfig) -> Uploader | None:
+    """What copies the run's checkpoints away, where that is configured."""
+    settings = cfg.checkpoint
+    where = place(LATEST, settings.upload, cfg.name)
+    return None if where is None else Uploader(where, settings.upload_keep, remote_settings(cfg.data.remote))
+
+
+def seed_generators(seed: int, rank: int, step: int) -> None:
+    """Seed torch's global generators, from which dropout of timm's networks draws: every rank draws its own, and so
+    does a run that goes on where nothing is stored for its number of ranks."""
+    digest = hashlib.sha256(f"{seed}/{rank}/{step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def make_schedule(cfg: PretrainConfig) -> Schedule:

@@ -7,7 +7,6 @@ engine starts equal and a checkpoint loads under any of them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,17 +16,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaletransfer.engine import pieces as pieces_module
 from scaletransfer.engine import verify
+from scaletransfer.engine.build_fsdp2 import build_fsdp2
+from scaletransfer.engine.build_zero import build_zero, deepspeed_settings, fill_masters
+from scaletransfer.engine.filling import Values, fill, persistent_buffers
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.rehearsal import make_accelerator
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.optim import SGD_AGC
-
-Values = Callable[[str], Tensor]
-"""From a parameter's or buffer's name to its full CPU tensor."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +44,8 @@ class Engine:
     shapes: dict[str, tuple[int, ...]]
     """Whole shapes of the trainable parameters."""
     pieces: list[Piece] = field(default_factory=list)
+    shards: dist.ProcessGroup | None = None
+    """The ranks over which one copy of the model is cut; None where every rank holds it whole."""
 
     @property
     def device(self) -> torch.device:
@@ -61,11 +61,15 @@ class Engine:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.precision == "bf16" else self.master_dtype
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (batch-norm statistics of timm models; BiT has none). Not sharded by any engine."""
-        return _persistent_buffers(self.module)
+        return persistent_buffers(self.module)
 
     def average_buffers(self) -> None:
         """Mean over the ranks of what batch norm has seen, in place. All ranks call this.
@@ -95,6 +99,12 @@ class Engine:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Adds up in place what the ranks found of their parts of the model, so that all know it of the whole."""
+        if self.shards is not None:
+            dist.all_reduce(tensor, group=self.shards)
+        return tensor
+
     def barrier(self) -> None:
         if dist.is_initialized() and self.world > 1:
             dist.barrier()
@@ -105,27 +115,6 @@ def resolve_precision(precision: str, strategy: Strategy) -> str:
     if precision == "auto":
         return "fp32" if strategy.cpu else "bf16"
     return precision
-
-
-def deepspeed_settings(strategy: Strategy, precision: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that the engine owns.
-
-    ``gradient_clipping`` must be there and 0.0: without it accelerate sets 1.0. Gradients are reduced and accumulated
-    in fp32 whatever the precision.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * strategy.world,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": False},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 1_000_000_000,
-    }
 
 
 def build_engine(
@@ -145,26 +134,31 @@ def build_engine(
         create: makes the network, with no assumption about the values.
         values: given the network (on any device, whole shapes), the function that gives each tensor's values by name.
         make_optimizer: given the (sharded) network, the base optimizer.
-        precision: "fp32" or "bf16"; micro_batch: per rank; accumulation: micro-batches a step.
+        precision: "fp32" or "bf16", or "fp64" to measure how far the others are off (DeepSpeed has none);
+        micro_batch: per rank; accumulation: micro-batches a step.
 
     Raises:
+        ValueError: DeepSpeed in fp64.
         EngineMismatch: the processes or the wrapped network are not what was asked for.
     """
+    if precision == "fp64":
+        if strategy.deepspeed:
+            raise ValueError(f"precision is fp64, which {strategy.engine} does not offer: use fp32 or bf16")
+        create = _in_float64(create)
     accelerator = make_accelerator(strategy)
     verify.check_started(strategy, accelerator)
-    source: Values
     with torch.device("meta"):
         skeleton = create()  # names and whole shapes, no memory: engines that shard at birth show neither
     source = values(skeleton)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if p.requires_grad}
-    arguments = (strategy, accelerator, create, source, make_optimizer)
+    zero: Any = None
     if strategy.deepspeed:
         settings = deepspeed_settings(strategy, precision, micro_batch, accumulation)
-        model, module, optimizer, zero = _deepspeed(*arguments, settings)
-    elif strategy.engine == "fsdp2":
-        model, module, optimizer, zero = _fsdp2(*arguments, precision)
+        model, module, optimizer, zero = build_zero(strategy, accelerator, create, source, make_optimizer, settings)
+    elif strategy.fsdp:
+        model, module, optimizer = build_fsdp2(accelerator, create, source, make_optimizer, precision)
     else:
-        model, module, optimizer, zero = _replicated(*arguments)
+        model, module, optimizer = _replicated(strategy, accelerator, create, source, make_optimizer)
     verify.check_wrapped(strategy, model, module, zero, precision)
     engine = Engine(
         strategy=strategy,
@@ -181,68 +175,41 @@ def build_engine(
     engine.pieces = find_pieces(engine)
     pieces_module.check_cover(engine.pieces, module)
     if zero is not None and precision == "bf16":
-        _fill_masters(engine, source)
-    if isinstance(optimizer, SGD_AGC) and (zero is not None or strategy.engine == "fsdp2"):
-        optimizer.set_layout(pieces_module.layout(engine.pieces), dist.group.WORLD)
+        fill_masters(engine.pieces, source)
+    engine.shards = find_shards(engine)
+    if isinstance(optimizer, SGD_AGC) and engine.shards is not None:
+        optimizer.set_layout(pieces_module.layout(engine.pieces), engine.shards, engine.device)
     return engine
+
+
+def _in_float64(create: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: create().double()
 
 
 def find_pieces(engine: Engine) -> list[Piece]:
     """Where each parameter lives on this rank."""
-    if engine.strategy.engine == "fsdp2":
+    if engine.strategy.fsdp:
         return pieces_module.fsdp2_pieces(engine.module)
     if engine.strategy.engine in ("zero1", "zero2"):
         return pieces_module.zero12_pieces(engine.module, engine.zero)
-    if engine.strategy.engine == "zero3":
+    if engine.strategy.zero_stage == 3:
         return pieces_module.zero3_pieces(engine.module, engine.zero, engine.rank)
     return pieces_module.plain_pieces(engine.module)
 
 
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    kept = set(module.state_dict()) if any(True for _ in module.buffers()) else set()
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
-@torch.no_grad()
-def _fill_lasting(module: nn.Module, create: Callable[[], nn.Module]) -> None:
-    """Gives buffers that no checkpoint holds (tables of positions in timm's networks) the values they are born with.
-
-    ``meta`` knows none, and what ``to_empty`` finds in memory would train without a word.
-    """
-    persistent = set(module.state_dict())
-    lasting = {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
-    if lasting:
-        born = dict(create().named_buffers())
-        for name, buffer in lasting.items():
-            buffer.copy_(born[name])
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, source: Values) -> None:
-    """Fills parameters and persistent buffers in place; a DTensor takes this rank's rows without communication."""
-    persistent = set(module.state_dict())
-    tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in persistent)]
-    for name, tensor in tensors:
-        value = source(name)
-        if isinstance(tensor, DTensor):
-            whole = value.to(device=tensor.device, dtype=tensor.dtype)
-            value = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(value)
-
-
-@torch.no_grad()
-def _fill_masters(engine: Engine, source: Values) -> None:
-    """DeepSpeed makes fp32 masters from the bf16 copies: give them back what rounding took."""
-    for piece in engine.pieces:
-        if len(piece):
-            piece.value().copy_(source(piece.name).view(-1)[piece.start : piece.stop])
+def find_shards(engine: Engine) -> dist.ProcessGroup | None:
+    """The ranks over which the model is cut: all, or under hsdp those of this rank's replica."""
+    if engine.strategy.engine == "hsdp":
+        mesh = engine.pieces[0].holder.device_mesh  # type: ignore[attr-defined]  # a DTensor: find_pieces asserts it
+        return mesh.get_group(mesh.ndim - 1)  # type: ignore[no-any-return]
+    return dist.group.WORLD if engine.strategy.fsdp or engine.strategy.deepspeed else None
 
 
 def _replicated(
     strategy: Strategy, accelerator: Accelerator, create: Any, source: Values, make_optimizer: Any
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     module = create()
-    _fill(module, source)
+    fill(module, source)
     module.to(accelerator.device)
     model = module
     if strategy.engine == "ddp":
@@ -252,71 +219,4 @@ def _replicated(
             gradient_as_bucket_view=True,
             forward_sync_buffers=False,
         )
-    return model, module, make_optimizer(module), None
-
-
-def _fsdp2(
-    strategy: Strategy,
-    accelerator: Accelerator,
-    create: Any,
-    source: Values,
-    make_optimizer: Any,
-    precision: str,
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
-    from accelerate.utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    with torch.device("meta"):
-        module = create()
-    plugin = accelerator.state.fsdp_plugin
-    if plugin is None:
-        raise ValueError("fsdp2 was asked for but accelerate made no FSDP plugin: start with launch/fsdp2.yaml")
-    if precision == "bf16":
-        # accelerate's own policy reduces gradients in bf16 together with the parameters
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    else:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    plugin.cpu_ram_efficient_loading = False  # it would need rank 0 to hold the whole model
-    names = {type(m).__name__ for m in module.modules()}
-    if "PreActBottleneck" not in names:
-        plugin.auto_wrap_policy = None
-    module = fsdp2_prepare_model(accelerator, module)
-    module.to_empty(device=accelerator.device)
-    _fill(module, source)
-    _fill_lasting(module, create)
-    return module, module, make_optimizer(module), None
-
-
-def _deepspeed(
-    strategy: Strategy,
-    accelerator: Accelerator,
-    create: Any,
-    source: Values,
-    make_optimizer: Any,
-    settings: dict[str, Any],
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        raise ValueError("ZeRO was asked for but accelerate made no DeepSpeed plugin: start with launch/zero2.yaml")
-    deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over torch's group; zero.Init counts ranks by it
-    plugin.deepspeed_config.update(settings)
-    if strategy.engine == "zero3":
-        config = {k: v for k, v in plugin.deepspeed_config.items() if v != "auto"}
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            module = create()
-        for name, p in module.named_parameters():
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0), torch.no_grad():
-                if strategy.rank == 0:
-                    p.copy_(source(name))
-        with torch.no_grad():
-            for name, buffer in _persistent_buffers(module).items():
-                buffer.copy_(source(name))
-    else:
-        module = create()
-        _fill(module, source)
-    optimizer = make_optimizer(module)
-    model, wrapped = accelerator.prepare(module, optimizer)
-    return model, module, optimizer, getattr(wrapped, "optimizer", None)
+    return model, module, make_optimizer(module)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scaletransfer.engine.pieces import shard_rows
-from scaletransfer.optim import local
+from scaletransfer.units import local
 
 if TYPE_CHECKING:
     from scaletransfer.engine.build import Engine
@@ -45,15 +45,15 @@ def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
     Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
     or a rank's share with each engine's own rounding.
     """
-    shapes, world, name = engine.shapes.values(), engine.world, engine.strategy.engine
+    shapes, world, name = engine.shapes.values(), engine.strategy.shards, engine.strategy.engine
     whole = sum(math.prod(shape) for shape in shapes)
-    compute = 2 if engine.precision == "bf16" else 4
+    compute, width = engine.compute_dtype.itemsize, engine.master_dtype.itemsize
     if name in ("single", "ddp"):
-        return Bytes(4 * whole, 4 * whole, 4 * whole * momentum)
-    if name == "fsdp2":
+        return Bytes(width * whole, width * whole, width * whole * momentum)
+    if engine.strategy.fsdp:
         rows = ((shape[0], math.prod(shape[1:])) for shape in shapes)
         share = sum(size * (shard_rows(n, world, 0)[1]) for n, size in rows)  # every rank's storage is the first's size
-        return Bytes(4 * share, 4 * share, 4 * share * momentum)
+        return Bytes(width * share, width * share, width * share * momentum)
     if name in ("zero1", "zero2"):
         share = -(-whole // world)
         if engine.precision == "bf16":
@@ -66,9 +66,11 @@ def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
         return Bytes(compute * whole + 4 * share, 4 * gradients, 4 * share * momentum)
     share = sum(-(-math.prod(shape) // world) for shape in shapes)
     kept = sum(p.ds_numel for p in engine.zero.persistent_parameters)
+    # With offload a second copy: where micro-batches are added up, and what the optimizer is given.
+    copies = 2 if engine.strategy.offload else 1
     return Bytes(
         compute * (share + kept) + (0 if _shares_masters(engine) else 4 * share),
-        4 * share,
+        copies * 4 * share,
         4 * share * momentum,
     )
 
@@ -83,7 +85,7 @@ def _shares_masters(engine: Engine) -> bool:
 def measured_parameters(engine: Engine) -> int:
     """Bytes of the storages that hold parameters and masters."""
     tensors: list[Tensor] = [piece.holder for piece in engine.pieces]
-    if engine.strategy.engine != "fsdp2":
+    if not engine.strategy.fsdp:
         for p in engine.module.parameters():
             tensors.append(p.data)
             if hasattr(p, "ds_tensor"):
@@ -91,15 +93,25 @@ def measured_parameters(engine: Engine) -> int:
     return storage_bytes(tensors)
 
 
-def measured_gradients(engine: Engine) -> list[Tensor]:
-    """The live gradients between the last backward and the optimizer step."""
-    held = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if type(engine.zero).__name__ == ZERO1_BF16:
-        return [*held, *engine.zero.fp32_groups_gradient_flat_partition]
+def made_gradients(engine: Engine) -> list[Tensor]:
+    """What backward made and the optimizer is to be given, between the last backward and the step."""
+    if type(engine.zero).__name__ == ZERO1_BF16:  # bf16 gradients are still there beside the fp32 sums that count
+        return list(engine.zero.fp32_groups_gradient_flat_partition)
+    if engine.strategy.offload:
+        return [engine.zero.grad_partitions_flat_buffer]
+    made = [p.grad for p in engine.module.parameters() if p.grad is not None]
     if engine.zero is not None:
         for grads in engine.zero.averaged_gradients.values():
-            held += [g for g in grads or () if isinstance(g, Tensor)]
-    return held
+            made += [g for g in grads or () if isinstance(g, Tensor)]
+    return made
+
+
+def measured_gradients(engine: Engine) -> int:
+    """Bytes of the storages that hold gradients between the last backward and the step."""
+    held = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if engine.strategy.offload:
+        held += [piece.holder.grad for piece in engine.pieces if piece.holder.grad is not None]
+    return storage_bytes([*held, *made_gradients(engine)])
 
 
 def within(measured: int, expected: int) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from scaletransfer.optim import Segment, flat
+from scaletransfer.units import Segment, flat
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def plain_pieces(module: nn.Module) -> list[Piece]:
 
 
 def fsdp2_pieces(module: nn.Module) -> list[Piece]:
-    """fsdp2: rows of each parameter (``Shard(0)`` over one mesh dimension)."""
+    """fsdp2 and hsdp: rows of each parameter, ``Shard(0)`` over the last mesh dimension."""
     pieces = []
     for name, p in module.named_parameters():
-        assert isinstance(p, DTensor) and len(p.placements) == 1 and p.placements[0] == Shard(0), name
-        mesh = p.device_mesh
+        assert isinstance(p, DTensor) and p.placements[-1] == Shard(0), name
+        assert p.placements[:-1] in ((), (Replicate(),)), name
         rows = p.shape[0] if p.dim() else 1
-        first, last = shard_rows(rows, mesh.size(), mesh.get_local_rank())
+        first, last = shard_rows(rows, p.device_mesh.size(-1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1))
         row = p.numel() // max(1, rows)
         assert p.to_local().numel() == (last - first) * row, name
         pieces.append(Piece(name, tuple(p.shape), first * row, last * row, p, 0))

@@ -42,7 +42,7 @@ def make_accelerator(strategy: Strategy) -> Accelerator:
         state._shared_state["_cpu"] = False
         state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
         return Accelerator(mixed_precision="no")
-    if strategy.engine == "fsdp2":
+    if strategy.fsdp:
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(cpu=True, mixed_precision="no")
 

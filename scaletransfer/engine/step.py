@@ -11,8 +11,10 @@ from torch import Tensor
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.holdings import measured_gradients
 from scaletransfer.engine.stopping import Late
+from scaletransfer.engine.zero_memory import forget_gradients
 from scaletransfer.losses import Loss
-from scaletransfer.optim import SGD_AGC, flat
+from scaletransfer.optim import SGD_AGC
+from scaletransfer.units import flat
 
 Batch = dict[str, Tensor]
 
@@ -70,7 +72,7 @@ def train_step(
         group["lr"] = lr
     count, asked = global_count(engine, loss, batches, stop)
     undo = engine.world * (engine.accumulation if engine.strategy.deepspeed else 1)
-    total = torch.zeros((), device=engine.device)
+    total = torch.zeros((), dtype=engine.master_dtype, device=engine.device)
     if not engine.strategy.deepspeed:
         engine.optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(batches):
@@ -92,6 +94,8 @@ def train_step(
     norm = None if isinstance(engine.optimizer, SGD_AGC) else _watch_norm(engine)
     if engine.strategy.deepspeed:
         engine.model.step()  # type: ignore[operator]
+        if engine.strategy.engine == "zero3":
+            forget_gradients(engine.zero)
     else:
         engine.optimizer.step()
     return _result(engine, total, norm, asked)
@@ -158,7 +162,7 @@ def _watch_norm(engine: Engine) -> Callable[[], Tensor]:
         value = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
         if not stepped:  # DeepSpeed leaves out a step whose gradient is not finite, and says nothing
             value = torch.full_like(value, float("nan"))
-        return value if engine.strategy.engine in ("single", "ddp") else engine.sum_over_ranks(value)
+        return engine.sum_over_shards(value.to(engine.device))
 
     return total
 

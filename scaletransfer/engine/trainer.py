@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from scaletransfer.cli import Stopped
-from scaletransfer.engine import checkpoint, marks, verify, watch
+from scaletransfer.engine import marks, verify, watch
 from scaletransfer.engine.build import Engine
+from scaletransfer.engine.checkpoint_copy import set_generators
+from scaletransfer.engine.checkpoint_saver import Away, Saver
 from scaletransfer.engine.evaluate import curves, gather_rows, predict, report, score
 from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.reading import Reading
@@ -48,6 +50,7 @@ class Trainer:
         lr: samples seen -> learning rate. folder: of the run. facts: what every checkpoint's manifest says of the run.
         mixing: None for none. keep_best: whether the model with the best validation score so far is kept as well.
         start, total: steps done before, and in all. best: best validation score so far.
+        generators: states of this rank's random generators to go on from, or None. away: copies checkpoints elsewhere.
         reading: counts what is read. worker_kind: of training batches, see ``streams.make_loader``.
         guard: around the run. skipped: steps that were left out so far, their loss or gradient not finite.
     """
@@ -71,6 +74,8 @@ class Trainer:
     """Of the last validation."""
     held: IO[str] | None = None
     """Rank 0's claim on the run folder, kept open as long as the run lives."""
+    generators: dict[str, bytes] | None = None
+    away: Away | None = None
     reading: Reading = field(default_factory=Reading)
     worker_kind: WorkerKind = "auto"
     guard: Guard = field(default_factory=Guard)
@@ -78,6 +83,7 @@ class Trainer:
     _pending: list[tuple[int, float, StepResult, Tensor]] = field(default_factory=list)
     _since: float = 0.0
     _saved_at: float = 0.0
+    _saved_step: int | None = None
 
     def complete(self) -> bool:
         """Whether nothing is left to do. All ranks call this."""
@@ -94,6 +100,16 @@ class Trainer:
         rank0 = self.engine.rank == 0
         owed = self._owes_validation()
         self.log = RunLog(self.folder, self.start, self.total, active=rank0, tensorboard=self.cfg.log.tensorboard)
+        settings = self.cfg.checkpoint
+        self.saver = Saver(
+            self.engine,
+            asynchronous=settings.asynchronous,
+            timeout=60 * settings.timeout_minutes,
+            go_on=settings.on_failure == "continue",
+            say=self.log.say,
+            note=self.log.note,
+            away=self.away,
+        )
         self._since = self._saved_at = time.monotonic()
         self.engine.model.train()
         self.guard.begin(self.folder)
@@ -102,8 +118,10 @@ class Trainer:
                 if owed and not self._validate(self.start):
                     self._stop(self.start)
                 self._loop()
+            self.saver.wait()
             self.guard.end()
         finally:
+            self.saver.close()
             self.log.close()
 
     def _loop(self) -> None:
@@ -113,6 +131,7 @@ class Trainer:
             known = self._anything_known(step)
             first = self._first_step() if known and not verified else None
             result = self._step(step, group, first, known)
+            self.saver.check()
             verified = verified or (known and not result.skipped)
             stop = result.asked.read() > 0
             if self._due(step, self.cfg.log.every_steps) or first is not None or result.skipped or stop:
@@ -123,11 +142,12 @@ class Trainer:
             if self._validation_due(step) and not stop:
                 self._flush()
                 stop = not self._validate(step)
-            if stop or self._save_due(step):
+            if stop:
+                self.save_now(step)
+                self._stop(step)
+            if self._save_due(step):
                 self._flush()
                 self._save(step)
-            if stop:
-                self._stop(step)
 
     def _stop(self, step: int) -> None:
         """End the run, all of it saved up to ``step``. All ranks call this."""
@@ -152,6 +172,9 @@ class Trainer:
                 began = time.monotonic()
                 group = [next(stream) for _ in range(engine.accumulation)]
                 self.reading.waited += time.monotonic() - began
+                if self.generators is not None:  # only now: an iterator over batches draws from them when it is made
+                    set_generators(self.generators, engine.device)
+                    self.generators = None
                 yield group
 
     def _say_shares(self, step: int) -> None:
@@ -339,7 +362,7 @@ class Trainer:
         if self.keep_best and value is not None and (self.best is None or value > self.best):
             self.best = value
             facts = {**self._facts(step), "validation": {"loss": found["loss"], name: value}}
-            checkpoint.save(self.engine, self.folder / "best", step, facts, keep=1, with_momentum=False)
+            self.saver.save(self.folder / "best", step, facts, keep=1, with_momentum=False)
         return True
 
     def validate(self) -> dict[str, Any]:
@@ -385,10 +408,21 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.guard.tick(step, watch.SAVING)
-        checkpoint.save(
-            self.engine, self.folder / "checkpoints", step, self._facts(step), keep=self.cfg.checkpoint.keep
-        )
+        self.saver.save(self.folder / "checkpoints", step, self._facts(step), keep=self.cfg.checkpoint.keep)
         self._saved_at = time.monotonic()
+        self._saved_step = step
+
+    def save_now(self, step: int) -> None:
+        """Save after ``step``, which must be the last one done, and wait until the checkpoint is complete. All ranks
+        call this, between two steps.
+
+        Raises:
+            OSError, ValueError: it cannot be written, whatever ``checkpoint.on_failure`` says; those before it stay.
+        """
+        self._flush()
+        if self._saved_step != step:
+            self._save(step)
+        self.saver.settle(strict=True)
 
     def _facts(self, step: int) -> dict[str, Any]:
         return {**self.facts, "samples_seen": step * self.cfg.global_batch, "best": self.best, "skipped": self.skipped}

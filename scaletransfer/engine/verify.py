@@ -21,13 +21,14 @@ from scaletransfer.engine.holdings import (
     ZERO1_BF16,
     Bytes,
     expected_bytes,
+    made_gradients,
     measured_gradients,
     measured_parameters,
     storage_bytes,
     within,
 )
 from scaletransfer.engine.strategy import Strategy
-from scaletransfer.optim import flat, local
+from scaletransfer.units import flat, local
 
 if TYPE_CHECKING:
     from scaletransfer.engine.build import Engine  # which calls the first two checks below
@@ -46,14 +47,17 @@ _WRAPPERS = {
     "single": (),
     "ddp": ("DistributedDataParallel",),
     "fsdp2": ("FSDPModule",),
+    "hsdp": ("FSDPModule",),
     "zero1": ("DeepSpeedEngine",),
     "zero2": ("DeepSpeedEngine",),
     "zero3": ("DeepSpeedEngine",),
+    "zero3_offload": ("DeepSpeedEngine",),
 }
 _ZERO = {
     "zero1": "DeepSpeedZeroOptimizer",
     "zero2": "DeepSpeedZeroOptimizer",
     "zero3": "DeepSpeedZeroOptimizer_Stage3",
+    "zero3_offload": "DeepSpeedZeroOptimizer_Stage3",
 }
 
 
@@ -85,7 +89,7 @@ def check_started(strategy: Strategy, accelerator: Any) -> None:
         f"the launcher started process {strategy.rank} of {strategy.world} but the process group says {rank} of "
         f"{world}: every process would train alone",
     )
-    wanted = "DEEPSPEED" if strategy.deepspeed else "FSDP" if strategy.engine == "fsdp2" else None
+    wanted = "DEEPSPEED" if strategy.deepspeed else "FSDP" if strategy.fsdp else None
     found = str(accelerator.distributed_type.value)
     _must(
         wanted is None or found == wanted,
@@ -127,20 +131,19 @@ def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
     Raises:
         EngineMismatch: with one sentence that says what runs instead.
     """
-    name = engine.strategy.engine
     check_started(engine.strategy, engine.accelerator)
     check_wrapped(engine.strategy, engine.model, engine.module, engine.zero, engine.precision)
     _check_devices(engine)
     if engine.strategy.deepspeed:
         _check_zero(engine)
-    if name == "fsdp2":
+    if engine.strategy.fsdp:
         _check_fsdp2(engine)
     _must(
         type(engine.optimizer) is optimizer,
         f"the optimizer that steps is {type(engine.optimizer).__name__}, not {optimizer.__name__}: it was replaced",
     )
     stepped = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
-    if name != "zero3":  # which lends its tensors to the optimizer only while it steps
+    if engine.strategy.zero_stage != 3:  # which lends its tensors to the optimizer only while it steps
         _must(
             {id(piece.holder) for piece in engine.pieces} == stepped,
             "the optimizer steps other tensors than those that hold the model's parameters",
@@ -148,7 +151,7 @@ def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
     for piece in engine.pieces:
         dtype = piece.holder.dtype
         _must(
-            dtype == torch.float32,
+            dtype == engine.master_dtype,
             f"the master weights of {piece.name} are {dtype}, not float32: small updates would be rounded away",
         )
 
@@ -158,8 +161,10 @@ def _check_devices(engine: Engine) -> None:
     if asked.world > 1:
         counted = engine.sum_over_ranks(torch.ones((), dtype=torch.int64, device=engine.device))
         _must(int(counted) == asked.world, f"a sum over ranks reached {int(counted)} processes, not {asked.world}")
-    wanted = "cpu" if asked.cpu else "cuda"
+    wanted = "cpu" if asked.cpu or asked.offload else "cuda"
     found = {local(piece.holder).device.type for piece in engine.pieces}
+    if asked.zero_stage == 3:
+        found |= {getattr(p, "ds_tensor", p).device.type for p in engine.module.parameters()}
     _must(found == {wanted}, f"parameters lie on {sorted(found)}, not on {wanted}")
 
 
@@ -171,7 +176,18 @@ def _check_zero(engine: Engine) -> None:
             bool(zero.partition_gradients) == (name == "zero2"),
             f"{name} was asked for but gradients are {'split' if zero.partition_gradients else 'not split'} over ranks",
         )
-    _must(zero.optimizer is engine.optimizer, "DeepSpeed steps another optimizer than the one it was given")
+    _must(
+        zero.optimizer is engine.optimizer,
+        f"DeepSpeed steps another optimizer than the {type(engine.optimizer).__name__} it was given: "
+        f"{type(zero.optimizer).__name__}",
+    )
+    if engine.strategy.zero_stage == 3:
+        kept, where = (zero.offload_param, zero.offload_optimizer), engine.strategy.offload
+        _must(
+            kept == (where, where),
+            f"{name} was asked for but DeepSpeed {'does not keep' if where else 'keeps'} parameters and optimizer "
+            "state in the host's memory",
+        )
     _must(
         float(zero.clip_grad) == 0.0,
         f"DeepSpeed clips gradients to {zero.clip_grad}: the same configuration would train differently under other "
@@ -189,10 +205,19 @@ def _check_zero(engine: Engine) -> None:
 def _check_fsdp2(engine: Engine) -> None:
     from torch.distributed.fsdp import FSDPModule
 
+    asked = engine.strategy
+    shape = (asked.world,) if asked.engine == "fsdp2" else (asked.replicas, asked.shards)
+    place = [asked.rank] if asked.engine == "fsdp2" else [asked.replica, asked.rank % asked.shards]
     for piece in engine.pieces:
         _must(
-            isinstance(piece.holder, DTensor) and piece.holder.device_mesh.size() == engine.world,
-            f"fsdp2 was asked for but {piece.name} is not sharded over {engine.world} ranks",
+            isinstance(piece.holder, DTensor) and tuple(piece.holder.device_mesh.shape) == shape,
+            f"{asked.engine} was asked for but {piece.name} is not sharded over {' x '.join(map(str, shape))} ranks",
+        )
+        found = piece.holder.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+        _must(
+            list(found or ()) == place,
+            f"rank {asked.rank} should be {place} in the mesh of {asked.engine} but is {found}: neighbours would not "
+            "share a replica",
         )
     for module in engine.module.modules():
         if isinstance(module, FSDPModule):
@@ -200,7 +225,7 @@ def _check_fsdp2(engine: Engine) -> None:
             if group is not None:
                 policy = group.mp_policy
                 _must(
-                    policy.reduce_dtype == torch.float32,
+                    policy.reduce_dtype == engine.master_dtype,
                     f"FSDP2 reduces gradients in {policy.reduce_dtype}, not float32",
                 )
 
@@ -236,18 +261,11 @@ class FirstStep:
 
     def _norm(self, squares: list[Tensor]) -> float:
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        total = total.to(self.engine.device)
-        if self.engine.strategy.engine not in ("single", "ddp"):
-            self.engine.sum_over_ranks(total)
-        return float(total.sqrt())
+        return float(self.engine.sum_over_shards(total.to(self.engine.device)).sqrt())
 
     def after_backward(self) -> None:
-        grads = measured_gradients(self.engine)
-        self.measured.gradients = storage_bytes(grads)
-        if type(self.engine.zero).__name__ == ZERO1_BF16:
-            # bf16 gradients are still there beside the fp32 sums that count
-            grads = self.engine.zero.fp32_groups_gradient_flat_partition
-        self.norm_made = self._norm([_square(g) for g in grads])
+        self.measured.gradients = measured_gradients(self.engine)
+        self.norm_made = self._norm([_square(g) for g in made_gradients(self.engine)])
 
     def discard(self) -> None:
         """Measure nothing: the step was left out."""
@@ -267,6 +285,11 @@ class FirstStep:
         self.measured.parameters = measured_parameters(self.engine)
         state = [v for s in self.engine.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         self.measured.state = storage_bytes(state)
+        wanted_device = {local(piece.holder).device for piece in self.engine.pieces}
+        _must(
+            {local(tensor).device for tensor in state} <= wanted_device,
+            "the optimizer's state does not lie where the master weights do",
+        )
         expected = expected_bytes(self.engine, self.momentum)
         for what in ("parameters", "gradients", "state"):
             found, wanted = getattr(self.measured, what), getattr(expected, what)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,63 @@ def standardize(weight: Tensor, eps: float) -> Tensor:
 
     weight: [rows, ...], any floating dtype, also 0 rows; statistics run over all but the first dimension. As
     a row needs nothing but itself, a shard of whole rows gives the same rows as the whole tensor. The result
-    is float32, or float64 for float64 input: a bf16 weight loses nothing more here. layer_norm is this
-    arithmetic as one operation, and keeps for its backward the input (the parameter itself) and two numbers a
-    row, where separate operations would keep several copies of the weight.
+    is float32, or float64 for float64 input: a bf16 weight loses nothing more here. Layer norm is this
+    arithmetic as one operation.
     """
+    return _standardized(weight, eps)[0].view_as(weight)
+
+
+def _standardized(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`standardize`'s result as rows [rows, n]; the weight as such rows; their means and inverse deviations."""
     if weight.dtype != torch.float64:
         weight = weight.float()
     rows = weight.flatten(1)
-    return F.layer_norm(rows, rows.shape[1:], eps=eps).view_as(weight)
+    result, mean, inverse = torch.native_layer_norm(rows, list(rows.shape[1:]), None, None, eps)
+    return result, rows, mean, inverse
+
+
+class _StandardizedConvolution(torch.autograd.Function):
+    """A convolution of which backward standardises the weight again.
+
+    Left to autograd, every layer would keep its standardised weight from forward to backward: the whole model once
+    more, also where an engine has spread the parameters over ranks. Here the parameter alone is kept, which sharding
+    engines free and gather again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, stride: int, padding: int) -> Tensor:
+        """[b, c_in, h, w] and the raw weight -> [b, c_out, h', w'], in the dtype of x."""
+        ctx.save_for_backward(x, weight)
+        ctx.how = eps, [stride] * 2, [padding] * 2
+        standard = _standardized(weight, eps)[0].view_as(weight).to(x.dtype)
+        return F.conv2d(x, standard, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the raw weight."""
+        x, weight = ctx.saved_tensors
+        eps, stride, padding = ctx.how
+        result, rows, mean, inverse = _standardized(weight, eps)
+        standard = result.view_as(weight).to(x.dtype)
+        del result
+        wanted = [*ctx.needs_input_grad[:2], False]
+        grad_x, grad_standard, _ = torch.ops.aten.convolution_backward(
+            grad, x, standard, None, stride, padding, [1, 1], False, [0, 0], 1, wanted
+        )
+        del standard
+        if grad_standard is None:
+            return grad_x, None, None, None, None
+        grad_rows, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_standard.to(rows.dtype).reshape(rows.shape),
+            rows,
+            list(rows.shape[1:]),
+            mean,
+            inverse,
+            None,
+            None,
+            [True, False, False],
+        )
+        return grad_x, grad_rows.view_as(weight).to(weight.dtype), None, None, None
 
 
 class StdConv2d(nn.Conv2d):
@@ -73,8 +123,12 @@ class StdConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, c_in, h, w] -> [b, c_out, h', w'], in the dtype of x (or of autocast)."""
-        weight = standardize(self.weight, self.ws_eps).to(x.dtype)
-        return F.conv2d(x, weight, None, self.stride, self.padding)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        weight, stride, padding = self.weight, self.stride[0], self.padding[0]
+        made: Tensor = _StandardizedConvolution.apply(x, weight, self.ws_eps, stride, padding)
+        return made
 
 
 class GroupNorm(nn.GroupNorm):

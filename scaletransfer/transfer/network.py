@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletransfer.config import FinetuneConfig, PretrainConfig
-from scaletransfer.engine.build import Values
+from scaletransfer.engine.filling import Values
 from scaletransfer.models import create_model, head_names, initial_tensors
 from scaletransfer.models.weights import StateDict, architecture_of, load_pretrained, locate
 from scaletransfer.transfer.data import shortened

@@ -23,10 +23,12 @@ from scaletransfer.engine.assemble import (
     make_network,
     make_optimizer,
     say_start,
+    seed_generators,
 )
-from scaletransfer.engine.build import Engine, Values, build_engine, resolve_precision
+from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.evaluate import score
+from scaletransfer.engine.filling import Values
 from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.runfolder import take_folder
 from scaletransfer.engine.runlog import check_writable
@@ -176,6 +178,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
     _check_same_micro_batch(engine)
     if found is not None:
         checkpoints.load_momentum(engine, found)
+    seed_generators(cfg.seed, strategy.rank, 0 if found is None else found.step)
     held = None
     if strategy.rank == 0:
         held = take_folder(folder, cfg, strategy, latest)
@@ -197,6 +200,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
         start=0 if found is None else found.step,
         total=steps,
         mixing=mixing,
+        generators=None if found is None else checkpoints.generator_states(found, strategy.rank, strategy.world),
         keep_best=False,
         skipped=0 if found is None else int(found.facts.get("skipped") or 0),
         guard=guard or Guard(),

@@ -31,6 +31,8 @@ def rehearsal(strategy: Strategy) -> dict[str, Any]:
         "device": made.device.type,
         "sum": int(count),
         "plugin": type(plugin).__name__ if plugin is not None else None,
+        "offload": bool(deepspeed is not None and deepspeed.hf_ds_config.is_offload()),
+        "mesh": list(mesh.shape) if (mesh := made.torch_device_mesh) is not None else None,
         "stage": deepspeed.zero_stage if deepspeed is not None else None,
     }
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from workers.common import forget_engine
 
 from scaletransfer.engine import pieces
-from scaletransfer.engine.build import Values, build_engine
+from scaletransfer.engine.build import build_engine
+from scaletransfer.engine.filling import Values
 from scaletransfer.engine.step import train_step
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.losses import make_loss
@@ -17,7 +18,7 @@ from scaletransfer.models import PreActBottleneck, initial_value
 from scaletransfer.optim import SGD_AGC, split_head
 from scaletransfer.order import rank_positions
 
-GLOBAL_BATCH, ACCUMULATION, STEPS, CLASSES = 12, 2, 4, 5
+GLOBAL_BATCH, ACCUMULATION, STEPS, CLASSES = 24, 2, 4, 5
 COMMON = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
 CASES: dict[str, dict[str, Any]] = {
     "corrected": {"options": {**COMMON, "clipping": 0.002}, "exempt": "corrected"},

@@ -11,18 +11,19 @@ from pathlib import Path
 
 from scaletransfer import pretrain
 from scaletransfer.cli import run_command
-from scaletransfer.engine import checkpoint
+from scaletransfer.engine import checkpoint_save
+from scaletransfer.engine.checkpoint import MARKER, folder_name
 
 
 def hang_at(step: int) -> None:
-    write = checkpoint._write
+    write = checkpoint_save._write
 
     def slowly(path: Path, text: str) -> None:
-        if path.name == checkpoint.MARKER and path.parent.name == f".{checkpoint.folder_name(step)}.tmp":
+        if path.name == MARKER and path.parent.name.startswith(f".{folder_name(step)}."):
             time.sleep(3600)
         write(path, text)
 
-    checkpoint._write = slowly
+    checkpoint_save._write = slowly
 
 
 if __name__ == "__main__":

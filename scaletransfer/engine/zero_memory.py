@@ -1,0 +1,60 @@
+"""What keeps DeepSpeed's memory near a rank's shares: sizes of its buffers, and two things that it leaves to do."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any
+
+BUFFER = 50_000_000
+"""Elements of a communication buffer (200 MB in float32): a few units of R152x4. DeepSpeed's default is ten times that,
+and as many live parameters as R152x4 has, so that it would never let go of one."""
+
+
+def buffer_settings(stage: int) -> dict[str, Any]:
+    """The part ``zero_optimization`` of DeepSpeed's configuration that bounds what is held beyond a rank's shares.
+
+    See https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training for each.
+    """
+    found: dict[str, Any] = {"reduce_bucket_size": BUFFER}
+    if stage < 3:
+        return {**found, "allgather_bucket_size": BUFFER}
+    return {
+        **found,
+        "stage3_prefetch_bucket_size": BUFFER // 2,
+        # A parameter whose next use is further away than that is given up, and gathered again.
+        "stage3_max_live_parameters": 2 * BUFFER,
+        "stage3_max_reuse_distance": 2 * BUFFER,
+        # The optimizer is given a copy of the gradients of so many of a rank's own parameters at a time.
+        "sub_group_size": BUFFER,
+    }
+
+
+def share_masters(zero: Any) -> None:
+    """Where ZeRO-3's partitions are float32 they are the masters themselves.
+
+    DeepSpeed 0.19 means to do so, but compares a device with its name, which is never equal, and keeps a copy.
+    """
+    pairs = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+    for partition, master in pairs:
+        if partition is not None and (partition.dtype, partition.device) == (master.dtype, master.device):
+            master.data = partition
+
+
+def forget_gradients(zero: Any) -> None:
+    """Give the memory of ZeRO-3's gradients back between steps, on CPUs; the buffer reads as zeros until written.
+
+    Other engines free gradients after the step; DeepSpeed keeps one buffer for ever, so that they would be there
+    beside the whole gradient of the head, which is the largest tensor where there are many classes.
+    """
+    buffer = zero.grad_partitions_flat_buffer
+    if buffer is None or buffer.device.type != "cpu" or buffer.is_pinned():
+        return
+    page, begin = mmap.PAGESIZE, buffer.data_ptr()
+    first = -(-begin // page) * page
+    length = (begin + buffer.numel() * buffer.element_size()) // page * page - first
+    if length <= 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "the memory of gradients could not be given back (madvise)")
