@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scaletransfer.engine.build import Engine
-from scaletransfer.engine.holdings import measured_gradients
+from scaletransfer.engine.holdings import made_gradients
 from scaletransfer.engine.stopping import Late
 from scaletransfer.engine.zero_memory import forget_gradients
 from scaletransfer.losses import Loss
@@ -110,7 +110,7 @@ def no_step(engine: Engine, stop: bool = False) -> StepResult:
 
 def _finite(engine: Engine, loss: Tensor) -> bool:
     """Whether the loss and the gradient of all ranks are finite; the same answer on all."""
-    norms = [torch.linalg.vector_norm(flat(gradient)) for gradient in measured_gradients(engine)]
+    norms = [torch.linalg.vector_norm(flat(gradient)) for gradient in made_gradients(engine)]
     odd = ~torch.isfinite(torch.stack([loss, *(norm.to(loss.dtype) for norm in norms)])).all()
     return not bool(engine.sum_over_ranks(odd.to(torch.int64)))
 
@@ -121,9 +121,12 @@ def _drop(engine: Engine) -> None:
         engine.optimizer.zero_grad(set_to_none=True)
         return
 
+    taken: list[tuple[Tensor, Tensor | None]] = []
+
     def take_away(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
+                taken.append((p, p.grad))
                 p.grad = None
 
     hook = engine.optimizer.register_step_pre_hook(take_away)
@@ -131,6 +134,9 @@ def _drop(engine: Engine) -> None:
         engine.model.step()  # type: ignore[operator]
     finally:
         hook.remove()
+    if engine.strategy.offload:  # which writes the next gradient into the same tensors
+        for p, gradient in taken:
+            p.grad = gradient
     if isinstance(engine.optimizer, SGD_AGC):
         engine.optimizer.pop_stats()
 

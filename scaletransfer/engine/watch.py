@@ -303,7 +303,9 @@ class Watch:
                 )
                 return self.claim(rank, sentence, LOST)
         standing = [stood, *(beat.stood for _, beat in beats)]
-        running = self.running and all(beat.phase != STARTING for _, beat in beats)
+        # building and saving have no measure; a save has a limit of its own, checkpoint.timeout_minutes
+        phases = {self._progress[1], *(beat.phase for _, beat in beats)}
+        running = not phases & {STARTING, SAVING}
         if self.rank == 0 and running and now - max(standing) > self._limit:
             behind, what = self.late()
             for_ = f"for {now - max(standing):.0f} s {minutes}"
