@@ -101,16 +101,7 @@ class Trainer:
         rank0 = self.engine.rank == 0
         owed = self._owes_validation()
         self.log = RunLog(self.folder, self.start, self.total, active=rank0, tensorboard=self.cfg.log.tensorboard)
-        settings = self.cfg.checkpoint
-        self.saver = Saver(
-            self.engine,
-            asynchronous=settings.asynchronous,
-            timeout=60 * settings.timeout_minutes,
-            go_on=settings.on_failure == "continue",
-            say=self.log.say,
-            note=self.log.note,
-            away=self.away,
-        )
+        self.saver = Saver.of(self.engine, self.cfg.checkpoint, self.log, self.away, self._tick_saving)
         self._since = self._saved_at = time.monotonic()
         self.engine.model.train()
         self.guard.begin(self.folder)
@@ -140,9 +131,8 @@ class Trainer:
                 self.guard.tick(step, watch.LOGGING)
                 self._flush()
             if first is not None and not result.skipped:
-                self.log.say(
-                    verify.table(self.engine, first, arithmetic(self.cfg.global_batch, self.engine, self.train))
-                )
+                batch = arithmetic(self.cfg.global_batch, self.engine, self.train)
+                self.log.say(verify.table(self.engine, first, batch))
             if self._validation_due(step) and not stop:
                 self._flush()
                 stop = not self._validate(step)
@@ -384,6 +374,9 @@ class Trainer:
             flag = torch.tensor(int(late and self.engine.rank == 0), device=self.engine.device)
             due = bool(self.engine.sum_over_ranks(flag))
         return due
+
+    def _tick_saving(self) -> None:
+        self.guard.tick(self._saved_step or self.start, watch.SAVING)
 
     def _save(self, step: int) -> None:
         self.guard.tick(step, watch.SAVING)
