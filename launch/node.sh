@@ -27,6 +27,9 @@ if grep -q "^distributed_type: 'NO'" "$FILE" && [ "$TOTAL" != 1 ]; then
 fi
 
 OPTIONS=(--config_file "$FILE" --num_processes "$TOTAL")
+if grep -q "^parallelism_config:" "$FILE" && [ "$NODES" -gt 1 ]; then # hybrid: a group of ranks is a host
+    OPTIONS+=(--parallelism_config_dp_replicate_size "$NODES" --parallelism_config_dp_shard_size "$PROCESSES")
+fi
 if [ "$NODES" -gt 1 ]; then
     # "standard": this script is started on every host already; DeepSpeed's own launchers would start themselves by ssh
     OPTIONS+=(--num_machines "$NODES" --machine_rank "$NODE_RANK" --main_process_ip "$HEAD" --main_process_port "$PORT")

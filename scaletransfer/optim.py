@@ -116,6 +116,11 @@ class SGD_AGC(torch.optim.Optimizer):
         self._group, self._device = group, device
         self._plans.clear()
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks over which sums of squares are added up."""
+        return self._group
+
     def pop_stats(self) -> ClipStats | None:
         """The statistics since the last call (ZeRO steps one group or sub-group at a time), or None."""
         stats, self._stats = self._stats, []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,14 +84,25 @@ def jobs(engine: str, processes: int) -> dict[str, list[Any]]:
 
 
 @functools.cache
+def _references() -> str:
+    """A folder of this session: the weights to which a single process came."""
+    folder = tempfile.mkdtemp(prefix="scaletransfer-references-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+@functools.cache
 def _jobs(engine: str, processes: int) -> dict[str, list[Any]] | AssertionError:
     """A launch that failed is kept as well: a second try for every test would fail as slowly."""
     from workers import optimizing, parity
 
     spec = {
         "optimizing": {} if engine in ("single", "ddp") else optimizing.CASES,
-        "parity": parity.cases(engine) if processes == (1 if engine == "single" else 2) else {},
+        "parity": parity.cases(engine, processes),
+        "references": _references(),
     }
+    if engine != "single":
+        jobs("single", 1)  # which writes the references
     try:
         ranks = launch(engine, processes, "jobs", spec)
     except AssertionError as error:

@@ -119,6 +119,7 @@ def test_zero2_leaves_it_out_on_both_ranks(config, base):
         ("zero1", ()),
         ("zero3", ()),
         ("zero3", ("optimizer.name=sgd",)),
+        ("zero3_offload", ()),
         ("zero2", ("optimizer.name=sgd", "precision=bf16")),
         ("zero1", ("precision=bf16",)),
         ("fsdp2", ("optimizer.name=sgd",)),

@@ -42,7 +42,7 @@ class Guard:
     def __enter__(self) -> Guard:
         strategy = self.strategy
         assert strategy is not None
-        join(strategy, timedelta(minutes=self.settings.timeout_minutes))
+        self._join(strategy)
         if strategy.world > 1:
             where = (strategy.rank, strategy.world, strategy.local_rank, strategy.local_world)
             self.watch = Watch(*where, self.settings.timeout_minutes, self._orphaned)
@@ -59,6 +59,18 @@ class Guard:
         if self.watch is not None:
             self.watch.close()
         self.stopping.uninstall()
+
+    def _join(self, strategy: Strategy) -> None:
+        try:
+            join(strategy, timedelta(minutes=self.settings.timeout_minutes))
+        except RuntimeError as error:
+            if strategy.world == 1 or not MESSAGES.search(str(error)):
+                raise
+            raise ValueError(
+                f"rank {strategy.rank} on {marks.host()} could not meet the other ranks "
+                f"({str(error).strip().splitlines()[0]}): where hosts have several networks, say in "
+                "launch/environment.sh which to take (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+            ) from error
 
     def tick(self, step: int, phase: int) -> None:
         """This rank is now in this phase (watch.WAITING, ...) of this step."""

@@ -10,6 +10,7 @@ this.
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 from datetime import timedelta
 
@@ -32,7 +33,12 @@ def make_accelerator(strategy: Strategy) -> Accelerator:
     """An Accelerator for the strategy, on CUDA by accelerate's own rules, on CPU by rehearsal.
 
     Precision is the engine's own business (``build``), so accelerate's is always "no".
+
+    Raises:
+        ValueError: ZeRO is asked for and DeepSpeed, or what it needs, is not installed.
     """
+    if strategy.deepspeed:
+        _check_installed(strategy.engine)
     if strategy.cpu and strategy.deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed is imported, else it probes for devices
     if not strategy.cpu:
@@ -45,6 +51,15 @@ def make_accelerator(strategy: Strategy) -> Accelerator:
     if strategy.fsdp:
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(cpu=True, mixed_precision="no")
+
+
+def _check_installed(engine: str) -> None:
+    """ValueError unless what accelerate asks for is there: of transformers it wants the version alone."""
+    for package in ("deepspeed", "transformers"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ValueError(f"{engine} needs the package {package}: pip install 'scaletransfer[deepspeed]'") from error
 
 
 def end_group() -> None:

@@ -121,9 +121,12 @@ def _drop(engine: Engine) -> None:
         engine.optimizer.zero_grad(set_to_none=True)
         return
 
+    taken: list[tuple[Tensor, Tensor | None]] = []
+
     def take_away(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
+                taken.append((p, p.grad))
                 p.grad = None
 
     hook = engine.optimizer.register_step_pre_hook(take_away)
@@ -131,6 +134,9 @@ def _drop(engine: Engine) -> None:
         engine.model.step()  # type: ignore[operator]
     finally:
         hook.remove()
+    if engine.strategy.offload:  # which copies the next step's gradients into the same tensors
+        for p, gradient in taken:
+            p.grad = gradient
     if isinstance(engine.optimizer, SGD_AGC):
         engine.optimizer.pop_stats()
 

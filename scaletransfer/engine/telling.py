@@ -1,6 +1,9 @@
-"""What a run tells of its data: shares of its sources, and how a batch and an epoch are made up."""
+"""What a run tells of its data: shares of its sources, keys of a batch, how a batch and an epoch are made up."""
 
 from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
 
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.runlog import RunLog
@@ -34,3 +37,12 @@ def arithmetic(global_batch: int, engine: Engine, train: ShardDataset) -> list[t
     parts = f"{engine.world} ranks x {engine.micro_batch} images x {engine.accumulation} micro-batches"
     epoch = f"{order.steps_per_epoch} steps of {sum(order.sizes)} samples in {len(order.sizes)} source(s)"
     return [("batch", f"{global_batch} = {parts}"), ("epoch", epoch)]
+
+
+def sample_keys(train: ShardDataset, read: Tensor) -> list[str]:
+    """Keys `<source>-<16 hex digits>` of the samples in rows of int64 [n, 2]: position, and what a batch calls key."""
+    assert train.order is not None
+    source, _ = train.order.locate(read[:, 0].numpy())
+    words = read[:, 1].numpy().view(np.uint64)
+    prefix = [chosen.index.source for chosen in train.sources]
+    return [f"{prefix[s]}-{int(w):016x}" for s, w in zip(source, words, strict=True)]

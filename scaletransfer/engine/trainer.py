@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from scaletransfer.cli import Stopped
-from scaletransfer.engine import marks, verify, watch
+from scaletransfer.engine import verify, watch
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint_copy import set_generators
 from scaletransfer.engine.checkpoint_saver import Away, Saver
 from scaletransfer.engine.evaluate import curves, gather_rows, predict, report, score
 from scaletransfer.engine.guard import Guard
-from scaletransfer.engine.reading import Reading
+from scaletransfer.engine.nonfinite import Nonfinite
+from scaletransfer.engine.reading import Reading, say_shares
 from scaletransfer.engine.runlog import RunLog, validated
 from scaletransfer.engine.settings import Mixing, RunSettings
 from scaletransfer.engine.step import StepResult, no_step, train_step
 from scaletransfer.engine.stopping import Late
-from scaletransfer.engine.telling import arithmetic, say_shares
+from scaletransfer.engine.telling import arithmetic, sample_keys, say_shares
 from scaletransfer.loader import Batch, EvalSampler, ShardDataset, StepSampler
 from scaletransfer.losses import Loss
 from scaletransfer.streams import WorkerKind, batches, dead_workers_named, make_loader
@@ -131,8 +132,8 @@ class Trainer:
                 self.guard.tick(step, watch.LOGGING)
                 self._flush()
             if first is not None and not result.skipped:
-                batch = arithmetic(self.cfg.global_batch, self.engine, self.train)
-                self.log.say(verify.table(self.engine, first, batch))
+                rows = arithmetic(self.cfg.global_batch, self.engine, self.train)
+                self.log.say(verify.table(self.engine, first, rows))
             if self._validation_due(step) and not stop:
                 self._flush()
                 stop = not self._validate(step)
@@ -245,14 +246,13 @@ class Trainer:
         batch = self.cfg.global_batch
         verify.check_positions(read[:, 0], step - 1, batch)
         read = read[read[:, 0].argsort()]
-        order = self.train.order
-        assert order is not None
-        source, _ = order.locate(read[:, 0].numpy())
-        words = read[:, 1].numpy().view(np.uint64)
-        prefix = [chosen.index.source for chosen in self.train.sources]
-        keys = "\n".join(f"{prefix[s]}-{int(w):016x}" for s, w in zip(source, words, strict=True))
+        keys = sample_keys(self.train, read)
         if skipped or not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(step, loss, norm, keys.split("\n"), read[:, 0].tolist(), skipped)
+            self.skipped += 1
+            most = self.cfg.failing.skip_nonfinite
+            batch_ = Nonfinite(step, loss, norm, keys, read[:, 0].tolist(), skipped)
+            batch_.keep(self.folder, self.log, rank0=self.engine.rank == 0)
+            batch_.judge(self.folder, self.log, self.skipped, most)
         if skipped:
             return
         row: dict[str, Any] = {
@@ -264,31 +264,8 @@ class Trainer:
         }
         if clipped == clipped:
             row["clipped_units"] = clipped
-        row["keys_sha256"] = hashlib.sha256(keys.encode()).hexdigest()
+        row["keys_sha256"] = hashlib.sha256("\n".join(keys).encode()).hexdigest()
         self.log.row(row)
-
-    def _not_finite(
-        self, step: int, loss: float, norm: float, keys: list[str], positions: list[int], skipped: bool
-    ) -> None:
-        """Keep the batch of a step whose loss or gradient is not finite; ValueError unless it may be left out."""
-        most, self.skipped = self.cfg.failing.skip_nonfinite, self.skipped + 1
-        facts = {"loss": str(loss), "grad_norm": str(norm), "skipped": skipped, "positions": positions, "keys": keys}
-        self.log.row({"event": "skipped" if skipped else "not finite", "step": step, "loss": str(loss), "keys": keys})
-        if self.engine.rank == 0:
-            marks.write_nonfinite(self.folder, step, facts)
-        if skipped and self.skipped <= most:
-            return self.log.say(
-                f"step {step}: the loss is {loss} or its gradient not finite: left out ({self.skipped} of at most "
-                f"{most}, failing.skip_nonfinite); its samples stand in {marks.nonfinite_name(step)}"
-            )
-        which = f"the loss of step {step} is {loss} and its gradient norm {norm}"
-        if skipped:
-            which = f"step {step} is number {self.skipped} whose loss or gradient is not finite (loss {loss})"
-        raise ValueError(
-            f"{which}: training has diverged; lower optimizer.base_lr (for fine-tuning, optimizer.lr), or look at the "
-            f"samples whose keys and positions stand in {self.folder / marks.nonfinite_name(step)}; the checkpoints "
-            "before it are sound"
-        )
 
     @staticmethod
     def _due(step: int, every: int | None) -> bool:

@@ -28,6 +28,7 @@ from scaletransfer.engine.holdings import (
     within,
 )
 from scaletransfer.engine.strategy import Strategy
+from scaletransfer.optim import SGD_AGC
 from scaletransfer.units import flat, local
 
 if TYPE_CHECKING:
@@ -142,6 +143,11 @@ def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
         type(engine.optimizer) is optimizer,
         f"the optimizer that steps is {type(engine.optimizer).__name__}, not {optimizer.__name__}: it was replaced",
     )
+    if isinstance(engine.optimizer, SGD_AGC):
+        _must(
+            engine.optimizer.group is engine.shards,
+            "SGD_AGC adds up norms over other ranks than those that share a copy of the model",
+        )
     stepped = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
     if engine.strategy.zero_stage != 3:  # which lends its tensors to the optimizer only while it steps
         _must(
@@ -264,6 +270,10 @@ class FirstStep:
         return float(self.engine.sum_over_shards(total.to(self.engine.device)).sqrt())
 
     def after_backward(self) -> None:
+        _must(
+            not self._given,
+            "the optimizer stepped inside backward, before its turn: accelerate's backward makes it under DeepSpeed",
+        )
         self.measured.gradients = measured_gradients(self.engine)
         self.norm_made = self._norm([_square(g) for g in made_gradients(self.engine)])
 
@@ -324,7 +334,7 @@ def check_positions(positions: Tensor, step: int, global_batch: int) -> None:
     found = positions.flatten().cpu().sort().values
     if found.shape == expected.shape and torch.equal(found, expected):
         return
-    distinct = len(torch.unique(found))
+    distinct = int(torch.isin(expected, found).sum())
     raise EngineMismatch(
         f"step {step}: the ranks read {distinct} different samples of the {global_batch} of this step: the data is not "
         "split over the ranks"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import select
 import signal
 import sys
@@ -137,11 +138,8 @@ class Watch:
     def close(self) -> None:
         """This rank is done; the others shall not miss it."""
         self._closed.set()
-        if self._ask is not None:
-            try:
-                self._ask.set(f"done/{self.rank}", "1")
-            except RuntimeError as error:  # rank 0's launcher went first: nobody looks any more
-                self._trouble = str(error)
+        if self._ask is not None:  # where rank 0's launcher went first, nobody looks any more
+            self._answer(lambda store: store.set(f"done/{self.rank}", "1"), None)
 
     def name(self, rank: int) -> str:
         """'rank 3 on n2 (process 4711)'."""
@@ -157,10 +155,8 @@ class Watch:
             if self._verdict is not None:
                 return self._verdict
             mine = json.dumps(asdict(Verdict(self.rank, about, sentence, status)))
-            try:
-                kept = self._ask.compare_set("verdict", "", mine) if self._ask is not None else mine
-            except RuntimeError:  # the store is out of reach: each rank that is cut off speaks for itself
-                kept = mine
+            # where the store is out of reach each rank that is cut off speaks for itself
+            kept = self._answer(lambda store: store.compare_set("verdict", "", mine), mine)
             if kept in (mine, mine.encode()):
                 (speak or (lambda: self.speak(sentence)))()
             return self._take(kept)
@@ -186,6 +182,23 @@ class Watch:
         moved = min(self._beats[r].moved if r != self.rank else self._progress[3] for r in behind)
         at = time.strftime("%H:%M:%S", time.localtime(moved))
         return behind, f"{PHASES[first[1]]} (step {first[0]}) since {at}"
+
+    def _answer(self, ask: Callable[[Any], Any], without: Any) -> Any:
+        """What the store answers, or ``without`` where it does not: some of its calls know no time limit."""
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def wait() -> None:
+            try:
+                answers.put(ask(self._ask))
+            except RuntimeError as error:
+                self._trouble = str(error).splitlines()[0]
+                answers.put(without)
+
+        threading.Thread(target=wait, name="watch", daemon=True).start()
+        try:
+            return answers.get(timeout=min(5.0, self._limit / 4))
+        except queue.Empty:
+            return without
 
     # ---- the thread that talks ------------------------------------------------------------------------------------
 
@@ -261,11 +274,8 @@ class Watch:
 
     def _ended(self, rank: int) -> None:
         """A process of this host has ended: well, with a verdict, or without a word."""
-        try:
-            if self._ask.check([f"done/{rank}"]):
-                return
-        except RuntimeError as error:
-            self._trouble = str(error).splitlines()[0]
+        if self._answer(lambda store: store.check([f"done/{rank}"]), False):
+            return
         if self.wait(2 * self._period) is None and not self._closed.is_set():
             sentence = (
                 f"{self.name(rank)} is gone: it was killed (by somebody, or for lack of memory) or it crashed; the run "
@@ -279,6 +289,7 @@ class Watch:
             sentence = (
                 f"{self.name(self.rank)} has heard nothing from the launcher of rank 0 at {os.environ['MASTER_ADDR']} "
                 f"for {now - self._heard:.0f} s {minutes}: that host is gone, or the network between them is"
+                f"{f' ({self._trouble})' if self._trouble else ''}"
             )
             return self.claim(0, sentence, LOST)
         if now - self._heard > 4 * self._period:
@@ -292,7 +303,9 @@ class Watch:
                 )
                 return self.claim(rank, sentence, LOST)
         standing = [stood, *(beat.stood for _, beat in beats)]
-        running = self.running and all(beat.phase != STARTING for _, beat in beats)
+        # building and saving have no measure; a save has a limit of its own, checkpoint.timeout_minutes
+        phases = {self._progress[1], *(beat.phase for _, beat in beats)}
+        running = not phases & {STARTING, SAVING}
         if self.rank == 0 and running and now - max(standing) > self._limit:
             behind, what = self.late()
             for_ = f"for {now - max(standing):.0f} s {minutes}"
@@ -334,9 +347,9 @@ def leave(status: int, sentence: str) -> NoReturn:
 
 
 def _namespace() -> str:
-    """In which a process id means the same process: this boot of this machine, this container."""
+    """In which a process id means the same process: this host, this boot of it, this container."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+            return f"{host()} {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"unknown {os.getpid()}"
+        return f"{host()} {os.getpid()}"

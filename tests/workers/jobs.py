@@ -42,7 +42,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "rehearsal": rehearsal(strategy),
         "optimizing": {name: optimizing.train(strategy, case) for name, case in spec["optimizing"].items()},
-        "parity": {name: parity.train(strategy, case) for name, case in spec["parity"].items()},
+        "parity": {name: parity.train(strategy, case, spec["references"]) for name, case in spec["parity"].items()},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -14,14 +15,17 @@ from unittest import mock
 
 import accelerate.utils
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from workers.common import forget_engine, work
 
 from scaletransfer import cli, pretrain
-from scaletransfer.engine import assemble, build, trainer
+from scaletransfer.engine import assemble, build, step, trainer
 from scaletransfer.engine.build import Engine
+from scaletransfer.models import create_model
+from scaletransfer.optim import SGD_AGC
 
 Patch = Callable[..., Any]
 """Replaces an attribute of an object until the case is over."""
@@ -111,7 +115,27 @@ def rank0_reads_for_all(patch: Patch) -> None:
     patch(trainer, "StepSampler", lambda start, stop, rank, *rest: right(start, stop, 0, *rest))
 
 
-def deepspeed_settings(patch: Patch, change: Callable[[dict[str, Any]], Any]) -> None:
+def rank0_reads_and_deals_out(patch: Patch) -> None:
+    """Trap 12: what accelerate's DataLoaderDispatcher does with a prepared stream, in which each rank has its share."""
+    right = trainer.make_loader
+
+    def dispatched(*args: Any) -> Any:
+        stream, rank = iter(right(*args)), dist.get_rank()
+        dealt: list[Any] = [None] * dist.get_world_size()
+        while True:
+            if rank == 0:
+                for number in range(len(dealt)):
+                    dealt[number] = next(stream, dealt[number - 1])  # a short run ends early
+            dist.broadcast_object_list(dealt, src=0)
+            yield dealt[rank]
+
+    patch(trainer, "make_loader", dispatched)
+
+
+def deepspeed_settings(
+    patch: Patch, change: Callable[[dict[str, Any]], Any], environment: dict[str, str] | None = None
+) -> None:
+    """Other settings for DeepSpeed, under what the launcher may have exported for what somebody wrote in its file."""
     right = build.deepspeed_settings
 
     def faulty(*args: Any) -> dict[str, Any]:
@@ -120,6 +144,85 @@ def deepspeed_settings(patch: Patch, change: Callable[[dict[str, Any]], Any]) ->
         return settings
 
     patch(build, "deepspeed_settings", faulty)
+    if environment is not None:
+        patch(os, "environ", os.environ | environment)  # accelerate looks names up in it
+
+
+def unset_clipping(patch: Patch, launch_file_says: str | None) -> None:
+    """Trap 4: accelerate clips to 1.0 unless it is told not to, and drops 0.0 of a launch file because it is falsy."""
+    exported = {} if launch_file_says is None else {"ACCELERATE_GRADIENT_CLIPPING": launch_file_says}
+    deepspeed_settings(patch, lambda s: s.pop("gradient_clipping"), exported)
+
+
+def cpu_adam(patch: Patch) -> None:
+    """Trap 4: with offload accelerate puts DeepSpeedCPUAdam in the place of any optimizer, unless it is told not to."""
+    from deepspeed.ops.adam import cpu_adam as module
+
+    # Its kernel is compiled for a minute; nothing steps here.
+    patch(module, "CPUAdamBuilder", mock.MagicMock())
+    deepspeed_settings(patch, lambda s: s.pop("zero_force_ds_cpu_optimizer"))
+
+
+def nothing_offloaded(patch: Patch) -> None:
+    none = {"device": "none"}
+    deepspeed_settings(patch, lambda s: s["zero_optimization"].update(offload_param=none, offload_optimizer=none))
+
+
+def backward_steps(patch: Patch) -> None:
+    """Trap 5: accelerate's backward steps DeepSpeed's engine as well."""
+    right = step._backward
+
+    def faulty(engine: Engine, loss: torch.Tensor) -> None:
+        if engine.model.is_gradient_accumulation_boundary():
+            engine.accelerator.backward(loss)
+        else:
+            right(engine, loss)
+
+    patch(step, "_backward", faulty)
+
+
+def no_layout(patch: Patch) -> None:
+    """Trap 6: an optimizer that looks at shapes is given flat partitions or shards."""
+    patch(SGD_AGC, "set_layout", lambda self, layout, group, device: setattr(self, "_group", group))
+
+
+def sums_of_one_rank(patch: Patch) -> None:
+    """Trap 7: units that lie on several ranks are told by each rank's own part."""
+    right = SGD_AGC.set_layout
+    patch(SGD_AGC, "set_layout", lambda self, layout, group, device: right(self, layout, None, device))
+
+
+def optimizer_before_sharding(patch: Patch) -> None:
+    """Trap 13: sharding replaces the parameters, so an optimizer that was made before steps what nobody uses."""
+    right = assemble.make_optimizer
+
+    def faulty(cfg: Any, network: nn.Module) -> torch.optim.Optimizer:
+        return right(cfg, create_model("BiT-tiny", 13))
+
+    patch(assemble, "make_optimizer", faulty)
+
+
+def mesh_ignored(patch: Patch) -> None:
+    """Hybrid sharding was asked for, but the model is sharded over all ranks."""
+    right = accelerate.utils.fsdp2_prepare_model
+
+    def faulty(prepared: Accelerator, model: nn.Module) -> nn.Module:
+        with mock.patch.object(prepared.state, "device_mesh", None, create=True):
+            return right(prepared, model)
+
+    patch(accelerate.utils, "fsdp2_prepare_model", faulty)
+
+
+def without_transformers(patch: Patch) -> None:
+    """Trap 11: accelerate asks for the version of a package that nothing else here needs."""
+    right = importlib.metadata.version
+
+    def missing(name: str) -> str:
+        if name == "transformers":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return right(name)
+
+    patch(importlib.metadata, "version", missing)
 
 
 def prepare_makes_ddp(patch: Patch) -> None:
@@ -144,6 +247,7 @@ def deepspeed_swaps_the_optimizer(patch: Patch) -> None:
 COMMON: dict[str, Callable[[Patch], None]] = {
     "positions": rank0_reads_for_all,
     "scaled gradient": lambda patch: after_build(patch, scale_gradients),
+    "dispatcher": rank0_reads_and_deals_out,
     "another optimizer class": another_class,
     "optimizer swapped": lambda patch: after_build(patch, swap_optimizer),
 }
@@ -161,6 +265,18 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         "model swapped for DDP": lambda patch: after_build(patch, swap_for_ddp),
         "half masters": half_masters,
         "half reduction": reduce_in_half,
+        "no layout": no_layout,
+        "sums of one rank": sums_of_one_rank,
+        "optimizer before sharding": optimizer_before_sharding,
+        **COMMON,
+    },
+    "hsdp": {
+        "world 1": lambda patch: accelerator(patch, lambda: Accelerator(fsdp_plugin=fsdp_plugin())),
+        "ignored": lambda patch: accelerator(patch, lambda: Accelerator(cpu=True, fsdp_plugin=fsdp_plugin())),
+        "mesh ignored": mesh_ignored,
+        "half reduction": reduce_in_half,
+        "no layout": no_layout,
+        "sums of one rank": sums_of_one_rank,
         **COMMON,
     },
     "zero2": {
@@ -172,14 +288,30 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         ),
         "prepare makes DDP": prepare_makes_ddp,
         "model swapped for DDP": lambda patch: after_build(patch, swap_for_ddp),
-        "clipping 1.0": lambda patch: deepspeed_settings(patch, lambda s: s.pop("gradient_clipping")),
-        "clipping 0 dropped": lambda patch: deepspeed_settings(patch, lambda s: s.update(gradient_clipping="auto")),
+        "clipping by default": lambda patch: unset_clipping(patch, None),
+        "clipping 1.0": lambda patch: unset_clipping(patch, "1.0"),
+        "clipping 0 dropped": lambda patch: unset_clipping(patch, "0.0"),
+        "backward steps": backward_steps,
+        "no layout": no_layout,
+        "sums of one rank": sums_of_one_rank,
+        "without transformers": without_transformers,
         "another stage": lambda patch: deepspeed_settings(patch, lambda s: s.update(zero_optimization={"stage": 1})),
         "accumulation": lambda patch: deepspeed_settings(
             patch, lambda s: s.update(gradient_accumulation_steps=1, train_batch_size=4)
         ),
         "no gradient": spare_layer,
         "optimizer replaced": deepspeed_swaps_the_optimizer,
+        **COMMON,
+    },
+    "zero3_offload": {
+        "ignored": lambda patch: accelerator(
+            patch, lambda: Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
+        ),
+        "DeepSpeedCPUAdam": cpu_adam,
+        "not offloaded": nothing_offloaded,
+        "clipping by default": lambda patch: unset_clipping(patch, None),
+        "no layout": no_layout,
+        "sums of one rank": sums_of_one_rank,
         **COMMON,
     },
 }
