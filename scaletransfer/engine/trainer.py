@@ -23,7 +23,7 @@ from scaletransfer.engine.checkpoint_saver import Away, Saver
 from scaletransfer.engine.evaluate import curves, gather_rows, predict, report, score
 from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.nonfinite import Nonfinite
-from scaletransfer.engine.reading import Reading, say_shares
+from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runlog import RunLog, validated
 from scaletransfer.engine.settings import Mixing, RunSettings
 from scaletransfer.engine.step import StepResult, no_step, train_step
