@@ -20,6 +20,8 @@ ENGINES: dict[str, tuple[str | None, int]] = {
     "zero3": ("zero3", 2),
     "zero3-of-3": ("zero3", 3),
     "fsdp2-of-4": ("fsdp2", 4),
+    "hsdp": ("hsdp", 4),
+    "zero3_offload": ("zero3_offload", 2),
 }
 """Name: (launch file, ranks). What is added here is moved to and from, and killed."""
 LIMIT = 1500  # seconds a launch may take; 30 kills take a minute alone

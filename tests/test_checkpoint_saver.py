@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 from helpers_checkpoint import FACTS, listing, make, save_3_and_6, sentence, train
+from helpers_run import build_single, make_shards, write_config
 
+from scaletransfer import pretrain
+from scaletransfer.cli import run_command
 from scaletransfer.engine import checkpoint as checkpoints
-from scaletransfer.engine import checkpoint_copy, checkpoint_save
+from scaletransfer.engine import checkpoint_copy, checkpoint_save, checkpoint_saver
 from scaletransfer.engine.checkpoint import find_latest, generator_states, open_checkpoint
 from scaletransfer.engine.checkpoint_save import Job, clear, hidden, hold
 from scaletransfer.engine.checkpoint_saver import Saver, save
@@ -374,3 +378,85 @@ def test_manifest_and_hashes_agree_with_the_files(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     for rank in manifest["ranks"]:
         assert hashlib.sha256((folder / rank["file"]).read_bytes()).hexdigest() == rank["file_sha256"]
+
+
+# ---- a run
+
+
+def test_ranks_that_wait_for_a_save_are_alive(tmp_path, monkeypatch):
+    """A save may take longer than the process group waits for a rank: those who wait say so in the meantime."""
+    monkeypatch.setattr(checkpoint_saver, "BEAT", 0.02)
+    gate = Gate(monkeypatch)
+    ticks: list[int] = []
+    saver = Saver(make(), tick=lambda: ticks.append(1))
+    saver.save(tmp_path, 1, FACTS, keep=1)
+    threading.Timer(0.5, gate.opened.set).start()
+    saver.wait()
+    assert len(ticks) >= 3 and find_latest(tmp_path) == tmp_path / "step-00000001"
+
+
+SMALL = """\
+seed: 3
+epochs: 2
+global_batch: 16
+micro_batch: 16
+precision: fp32
+model: {name: BiT-tiny}
+data: {image_size: 16, workers: 0}
+optimizer: {name: sgd, base_lr: 0.5}
+schedule: {kind: cosine, warmup_epochs: 0}
+checkpoint: {every_steps: 2, every_minutes: null}
+log: {every_steps: 1, tensorboard: false}
+validate: {every_epochs: null}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saver")
+    return write_config(folder, make_shards(folder, rows=64, valid=8), SMALL)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_run_on_a_disk_that_fills_up(config, monkeypatch, capfd, asynchronous):
+    """It ends with one sentence; with room again the same command goes on from the checkpoint before."""
+    name = f"full-{asynchronous}"
+    arguments = ["--config", str(config), f"name={name}", f"checkpoint.asynchronous={asynchronous}"]
+    root = config.parent / "runs" / name / "checkpoints"
+    original = checkpoint_save.write_tensors
+
+    def write(path: Path, *arguments: Any) -> str:
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint_save, "write_tensors", write)
+    assert run_command(pretrain.main, arguments) == 2
+    said = [line for line in re.split(r"[\r\n]", capfd.readouterr().err) if "error" in line]
+    assert len(said) == 1 and said[0].startswith("error: ") and "No space left on device" in said[0]
+    assert find_latest(root) == root / "step-00000002" and (root / "latest").read_text() == "step-00000002\n"
+    monkeypatch.undo()
+    assert run_command(pretrain.main, arguments) == 0
+    assert "(step 2) to step 8" in capfd.readouterr().out
+    assert find_latest(root) == root / "step-00000008" and not list(root.glob(".step-*"))
+
+
+def test_saving_now(config):
+    """What a stop calls: complete when it returns, and not twice for one step."""
+    trainer = build_single(config, "name=now", "checkpoint.every_steps=3")
+    root = trainer.folder / "checkpoints"
+    calls: list[Path | None] = []
+    saved = trainer._save_due
+
+    def at_each_step(step: int) -> bool:
+        if step in (2, 4):
+            trainer.save_now(step)
+            trainer.save_now(step)
+            calls.append(find_latest(root))
+        return saved(step)
+
+    trainer._save_due = at_each_step
+    trainer.run()
+    assert calls == [root / "step-00000002", root / "step-00000004"]
+    kept = [f"step-0000000{step}" for step in (4, 6, 8)]
+    assert sorted(path.name for path in root.glob("step-*")) == kept

@@ -18,14 +18,19 @@ from typing import IO, Any, Protocol
 
 import torch
 
+from scaletransfer.config import CheckpointConfig
 from scaletransfer.engine import checkpoint_save
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint import folder_name
 from scaletransfer.engine.checkpoint_copy import Staging, generator_bytes, parts, streamed
 from scaletransfer.engine.checkpoint_save import Job
+from scaletransfer.engine.runlog import RunLog
 
 TIMEOUT = 1800.0
 """Seconds that rank 0 waits for the other ranks' files."""
+BEAT = 5.0
+"""Seconds after which ranks that wait for a save tell each other that they are alive: a save may take longer than the
+process group waits for a rank."""
 GRACE = 120.0
 """Seconds that a run which ends with an error waits for the save that is still running."""
 
@@ -35,7 +40,7 @@ class Away(Protocol):
 
     def submit(self, folder: Path) -> set[Path]: ...
     def messages(self) -> list[str]: ...
-    def finish(self) -> None: ...
+    def finish(self, seconds: float) -> bool: ...
 
 
 class Saver:
@@ -45,9 +50,25 @@ class Saver:
         asynchronous: False: training waits until the checkpoint is on the disk, and nothing is copied.
         timeout: seconds that rank 0 waits for the files of the other ranks.
         go_on: training goes on after a save that failed; ``wait`` raises all the same.
-        say: how rank 0 speaks. note: what it only writes down.
+        say: how rank 0 speaks. note: what it only writes down. tick: called every ``BEAT`` seconds while all wait.
         away: rank 0's.
     """
+
+    @classmethod
+    def of(
+        cls, engine: Engine, settings: CheckpointConfig, log: RunLog, away: Away | None, tick: Callable[[], None]
+    ) -> Saver:
+        """As configured."""
+        return cls(
+            engine,
+            asynchronous=settings.asynchronous,
+            timeout=60 * settings.timeout_minutes,
+            go_on=settings.on_failure == "continue",
+            say=log.say,
+            note=log.note,
+            tick=tick,
+            away=away,
+        )
 
     def __init__(
         self,
@@ -58,6 +79,7 @@ class Saver:
         go_on: bool = False,
         say: Callable[[str], None] = print,
         note: Callable[[str], None] = lambda text: None,
+        tick: Callable[[], None] = lambda: None,
         away: Away | None = None,
     ) -> None:
         self._engine = engine
@@ -66,6 +88,7 @@ class Saver:
         self._go_on = go_on
         self._say = say
         self._note = note
+        self._tick = tick
         self._away = away
         self._staging = Staging(engine.device) if asynchronous else None
         self._job: Job | None = None
@@ -123,18 +146,18 @@ class Saver:
         if self._away is not None and with_momentum:
             job = replace(job, finished=self._away.submit)
         self._job = job
-        if self._staging is None:
-            self._write(job, held, lambda: None, 0.0)
-            self.settle()
-            return
-        copies, ready = self._staging.copy(chosen)
-        job = replace(job, data=lambda: copies)
+        ready: Callable[[], None] | None = None
+        if self._staging is not None:
+            copies, ready = self._staging.copy(chosen)
+            job = replace(job, data=lambda: copies)
         waited = time.monotonic() - began
         # A daemon, so that an interpreter which has given up waiting can end.
         self._thread = threading.Thread(
             target=self._write, args=(job, held, ready, waited), name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
+        if not self._asynchronous:
+            self.settle()
 
     def _begin(self, root: Path, step: int) -> tuple[IO[str] | None, str | None, BaseException | None]:
         """Rank 0 holds ``root`` and makes the hidden folder; all ranks learn what it is called, or that it failed."""
@@ -149,7 +172,7 @@ class Saver:
                 error, number = caught, -1
                 if held is not None:
                     held.close()
-        number = int(engine.sum_over_ranks(torch.tensor(number, dtype=torch.int64, device=engine.device)))
+        (number,) = self._sum(number)
         return held, (None if number < 0 else f"{number:016x}"), error
 
     def _failed(self, error: BaseException, step: int) -> None:
@@ -159,11 +182,12 @@ class Saver:
         if self._engine.rank == 0:
             self._say(self._sentence(error, step))
 
-    def _write(self, job: Job, held: IO[str] | None, ready: Callable[[], None], waited: float) -> None:
+    def _write(self, job: Job, held: IO[str] | None, ready: Callable[[], None] | None, waited: float) -> None:
         """The thread: whatever goes wrong comes out in ``check``, ``settle`` or ``wait``."""
         began = time.monotonic()
         try:
-            ready()
+            if ready is not None:
+                ready()
             job.run()
         except Exception as error:  # it comes out in the training thread
             self._error = error
@@ -221,14 +245,15 @@ class Saver:
         Raises:
             OSError, ValueError: it failed on some rank, and the run is to stop or this is ``strict``.
         """
-        job = self._job
-        if job is None:
+        job, thread, engine = self._job, self._thread, self._engine
+        if job is None or thread is None:
             return
-        if self._thread is not None:
-            self._thread.join()
-        engine = self._engine
-        mine = self._error is not None
-        failed = bool(engine.sum_over_ranks(torch.tensor(int(mine), dtype=torch.int64, device=engine.device)))
+        while True:
+            thread.join(BEAT)
+            running, failed = self._sum(thread.is_alive(), self._error is not None)
+            if not running:
+                break
+            self._tick()
         if not failed:
             self._note_report()
             self._forget()
@@ -247,6 +272,11 @@ class Saver:
         if not said:
             self._tell(error, job.step)
 
+    def _sum(self, *numbers: int) -> list[int]:
+        """Over the ranks; all ranks call this."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._engine.device)
+        return [int(number) for number in self._engine.sum_over_ranks(mine).tolist()]
+
     def _forget(self) -> None:
         self._job, self._thread, self._error, self._said = None, None, None, False
 
@@ -259,21 +289,25 @@ class Saver:
         self.settle(strict=True)
         if self._missing is not None:
             raise self._missing
+        while any(self._sum(self._away is not None and not self._away.finish(BEAT))):
+            self._tick()
         if self._away is not None:
-            self._away.finish()
             for message in self._away.messages():
                 self._say(message)
 
     def close(self) -> None:
-        """Where a run ends with an error: let the save that runs become complete. Raises and communicates nothing."""
-        if self._thread is None:
-            return
-        self._thread.join(GRACE)
-        assert self._job is not None
-        if self._thread.is_alive():
-            print(f"the checkpoint of step {self._job.step} is given up", file=sys.stderr, flush=True)
-        elif self._error is not None and not self._said:
-            self._tell(self._error, self._job.step)
+        """However a run ends: let the save and the copy that run become complete. Raises and communicates nothing."""
+        if self._thread is not None:
+            assert self._job is not None
+            self._thread.join(GRACE)
+            if self._thread.is_alive():
+                print(f"the checkpoint of step {self._job.step} is given up", file=sys.stderr, flush=True)
+            elif self._error is not None and not self._said:
+                self._tell(self._error, self._job.step)
+        if self._away is not None:
+            self._away.finish(GRACE)
+            for message in self._away.messages():
+                self._say(message)
 
 
 def save(

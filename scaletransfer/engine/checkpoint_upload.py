@@ -54,10 +54,10 @@ class Uploader:
             found, self._messages = self._messages, []
         return found
 
-    def finish(self) -> None:
-        """Wait until nothing is left to copy."""
+    def finish(self, seconds: float) -> bool:
+        """Wait until nothing is left to copy, at most so long; whether that is so."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._alive)
+            return self._changed.wait_for(lambda: not self._alive, seconds)
 
     def _work(self) -> None:
         while True:

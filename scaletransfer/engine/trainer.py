@@ -23,7 +23,7 @@ from scaletransfer.engine.checkpoint_saver import Away, Saver
 from scaletransfer.engine.evaluate import curves, gather_rows, predict, report, score
 from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.nonfinite import Nonfinite
-from scaletransfer.engine.reading import Reading, say_shares
+from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runlog import RunLog, validated
 from scaletransfer.engine.settings import Mixing, RunSettings
 from scaletransfer.engine.step import StepResult, no_step, train_step
@@ -102,16 +102,7 @@ class Trainer:
         rank0 = self.engine.rank == 0
         owed = self._owes_validation()
         self.log = RunLog(self.folder, self.start, self.total, active=rank0, tensorboard=self.cfg.log.tensorboard)
-        settings = self.cfg.checkpoint
-        self.saver = Saver(
-            self.engine,
-            asynchronous=settings.asynchronous,
-            timeout=60 * settings.timeout_minutes,
-            go_on=settings.on_failure == "continue",
-            say=self.log.say,
-            note=self.log.note,
-            away=self.away,
-        )
+        self.saver = Saver.of(self.engine, self.cfg.checkpoint, self.log, self.away, self._tick_saving)
         self._since = self._saved_at = time.monotonic()
         self.engine.model.train()
         self.guard.begin(self.folder)
@@ -360,6 +351,9 @@ class Trainer:
             flag = torch.tensor(int(late and self.engine.rank == 0), device=self.engine.device)
             due = bool(self.engine.sum_over_ranks(flag))
         return due
+
+    def _tick_saving(self) -> None:
+        self.guard.tick(self._saved_step or self.start, watch.SAVING)
 
     def _save(self, step: int) -> None:
         self.guard.tick(step, watch.SAVING)
