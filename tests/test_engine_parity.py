@@ -86,7 +86,8 @@ def test_the_data_has_a_rank_without_any_known_label(engine: str, world: int) ->
 def test_agc_clips_some_units_and_not_others() -> None:
     for name, run in single().items():
         if name.startswith("sgd_agc"):
-            assert all(0.02 < share < 0.98 for share in run["clipped"]), (name, run["clipped"])
+            most = 0.9 if "multilabel" in name else 0.999
+            assert all(0.1 < share < most for share in run["clipped"]), (name, run["clipped"])
 
 
 @pytest.mark.slow
