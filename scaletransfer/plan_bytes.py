@@ -341,11 +341,12 @@ def gathered_numbers(job: Job) -> int:
 
     What is kept for backward, and what is fetched ahead: ``stage3_prefetch_bucket_size``, and the parameter over it.
     What is fetched together comes in one flat tensor, which lives beside the parameters that are copied out of it until
-    the last of them is used.
+    the last of them is used. A single one needs no copy.
     """
     sizes = _large(job)
     ahead = min(sum(sizes), job.zero.stage3_prefetch_bucket_size + max(sizes, default=0))
-    return ahead + min(sum(sizes), kept_for_backward(job) + ahead)
+    together = ahead if job.zero.stage3_prefetch_bucket_size else 0
+    return together + min(sum(sizes), kept_for_backward(job) + ahead)
 
 
 def _large(job: Job) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,9 @@ from scaletransfer import plan
 from scaletransfer.config import PretrainConfig, load_config
 from scaletransfer.models import BiT, create_model
 from scaletransfer.models.bit import StdConv2d
+from scaletransfer.plan_bytes import Estimator, ZeroRules
 from scaletransfer.plan_devices import DEVICES, Device, find_device
+from scaletransfer.plan_job import make_job
 from scaletransfer.plan_trace import Images, flops_per_image
 
 GIB = 2**30
@@ -91,6 +94,22 @@ def test_ddp_of_r152x4_is_refused_on_two_ranks_of_12_gib_with_the_numbers(pair: 
     text = plan.show(pair)
     assert f"ddp does not fit: it needs {ddp.memory.total / GIB:.2f} GiB of 12.00" in text
     assert f"{3 * state / GIB:.2f} of them parameters, gradients and momentum, whatever the micro-batch" in text
+
+
+def test_zero3_of_r152x4_fits_two_ranks_of_12_gib_with_small_buffers_only() -> None:
+    """DeepSpeed's defaults, meant for large GPUs, take 2 GB of bucket and keep half of this network whole."""
+    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2")
+    job = make_job(cfg, 21_843, world=2, per_node=2, precision="fp32", device_type="cpu")
+    small = ZeroRules(
+        reduce_bucket_size=50_000_000,
+        stage3_prefetch_bucket_size=0,
+        stage3_max_reuse_distance=0,
+        sub_group_size=50_000_000,
+    )
+    totals = [
+        Estimator(dataclasses.replace(job, zero=rules)).memory("zero3", 2).total / GIB for rules in (ZeroRules(), small)
+    ]
+    assert totals[1] < 12 < totals[0]
 
 
 def test_what_does_not_fit_gets_a_micro_batch_that_does() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +153,41 @@ def test_a_second_signal_ends_at_once(bench):
         assert not (bench.run("twice") / REQUEUE).exists()
     finally:
         run.end()
+
+
+FORKED = """
+import os, signal, time
+from scaletransfer.engine.stopping import Stopping
+stopping = Stopping()
+stopping.install()
+child = os.fork()
+if not child:
+    time.sleep(60)
+    os._exit(0)
+time.sleep(0.5)
+os.kill(child, signal.SIGUSR1)
+time.sleep(0.5)
+assert os.waitpid(child, os.WNOHANG) == (0, 0), "a loader process ignores what is meant for its parent"
+os.kill(child, signal.SIGTERM)
+_, status = os.waitpid(child, 0)
+assert os.WTERMSIG(status) == signal.SIGTERM
+time.sleep(0.5)
+assert not stopping.asked, "its signals are not ours"
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.5)
+assert stopping.asked == "SIGUSR1"
+stopping.uninstall()
+assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+"""
+
+
+def test_signals_to_a_forked_loader_process_are_its_own():
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from scaletransfer.engine.stopping import Stopping
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.watch import LOST, Watch, leave
 
-MESSAGES = re.compile(r"gloo|NCCL|c10d|ProcessGroup|Connection (closed|reset)|[Tt]imed out|Broken pipe")
+MESSAGES = re.compile(r"gloo|NCCL|c10d|ProcessGroup|wait timeout|Connection (closed|reset)|[Tt]imed out|Broken pipe")
 """How errors of collectives read: gloo's are plain RuntimeErrors."""
 LOOK = 45.0
 """Seconds in which another rank may find out which one is gone, once a message to it has failed."""
@@ -42,12 +42,16 @@ class Guard:
     def __enter__(self) -> Guard:
         strategy = self.strategy
         assert strategy is not None
-        self._join(strategy)
-        if strategy.world > 1:
-            where = (strategy.rank, strategy.world, strategy.local_rank, strategy.local_world)
-            self.watch = Watch(*where, self.settings.timeout_minutes, self._orphaned)
-            self.watch.failed = self._failed
-            self.watch.start()
+        try:
+            self._meet(strategy)
+        except RuntimeError as error:
+            if strategy.world == 1 or not MESSAGES.search(str(error)):
+                raise
+            raise ValueError(
+                f"rank {strategy.rank} on {marks.host()} could not meet the other ranks "
+                f"({str(error).strip().splitlines()[0]}): one of them may have failed; where hosts have several "
+                "networks, say in launch/environment.sh which to take (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+            ) from error
         self.stopping.install()
         return self
 
@@ -60,17 +64,13 @@ class Guard:
             self.watch.close()
         self.stopping.uninstall()
 
-    def _join(self, strategy: Strategy) -> None:
-        try:
-            join(strategy, timedelta(minutes=self.settings.timeout_minutes))
-        except RuntimeError as error:
-            if strategy.world == 1 or not MESSAGES.search(str(error)):
-                raise
-            raise ValueError(
-                f"rank {strategy.rank} on {marks.host()} could not meet the other ranks "
-                f"({str(error).strip().splitlines()[0]}): where hosts have several networks, say in "
-                "launch/environment.sh which to take (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
-            ) from error
+    def _meet(self, strategy: Strategy) -> None:
+        join(strategy, timedelta(minutes=self.settings.timeout_minutes))
+        if strategy.world > 1:
+            where = (strategy.rank, strategy.world, strategy.local_rank, strategy.local_world)
+            self.watch = Watch(*where, self.settings.timeout_minutes, self._orphaned)
+            self.watch.failed = self._failed
+            self.watch.start()
 
     def tick(self, step: int, phase: int) -> None:
         """This rank is now in this phase (watch.WAITING, ...) of this step."""

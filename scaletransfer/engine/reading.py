@@ -11,8 +11,7 @@ import torch
 
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.evaluate import gather_rows
-from scaletransfer.engine.runlog import RunLog
-from scaletransfer.loader import Batch, ShardDataset
+from scaletransfer.loader import Batch
 
 TAGGED_RANKS = 64
 """Ranks up to which TensorBoard gets a curve of bytes for each; metrics.jsonl has them for any number."""
@@ -104,23 +103,3 @@ class Reading:
             for keys, count in zip(gather_rows(engine, mine).tolist(), new.tolist(), strict=True):
                 self._bad.update(keys[:count])
             self._new.clear()
-
-
-def say_shares(log: RunLog, train: ShardDataset, step: int, *, begins: bool) -> None:
-    """What share of an epoch's samples each source has: logged where an epoch begins, said where a run does. By rank 0.
-
-    begins: this is the first step of this process.
-    """
-    order = train.order
-    assert order is not None
-    epoch, into = divmod(step - 1, order.steps_per_epoch)
-    if len(order.sizes) == 1 or (into and not begins):
-        return
-    shares = order.shares(epoch)
-    folders = [source.index.where for source in train.sources]
-    if not into:
-        log.row({"event": "epoch", "step": step, "epoch": epoch, "shares": shares, "folders": folders})
-        log.scalars(step, {f"data/share_{place}": share for place, share in enumerate(shares)})
-    if begins:
-        text = ", ".join(f"{folder} {share:.2%}" for folder, share in zip(folders, shares, strict=True))
-        log.say(f"samples of epoch {epoch}: {text}")

@@ -111,6 +111,7 @@ class Trainer:
                 if owed and not self._validate(self.start):
                     self._stop(self.start)
                 self._loop()
+            self.guard.tick(self.total, watch.SAVING)
             self.saver.wait()
             self.guard.end()
         finally:

@@ -1,7 +1,9 @@
 """The planner against measurements: memory and bytes sent of real steps on this machine's CPU, engine by engine.
 
-    python tools/bench/planner.py                 all engines on 1, 2 and 4 ranks; writes the table into docs/ENGINES.md
+    python tools/bench/planner.py                 all engines on 1, 2 and 4 ranks, into the table of docs/ENGINES.md
     python tools/bench/planner.py --engines ddp zero3 --ranks 2 --print
+
+Lines of the table that are not measured this time stay.
 
 BiT-S-R50x1 in three cases: a small batch, where what the engine holds counts; a large batch of larger images, where
 activations do; and small micro-batches accumulated with activation checkpointing. Needs less than 4 GiB in all.
@@ -138,6 +140,16 @@ def table(lines: Iterable[Line]) -> list[str]:
     return [text[0], "|" + "---|" * len(cells[0]), *text[1:]]
 
 
+def update(text: str, measured: Sequence[str]) -> str:
+    """The document with the lines of ``measured`` (a table) in its table, in the order of engines, ranks and cases."""
+    before, rest = text.split(BEGIN, 1)
+    old, after = rest.split(END, 1)
+    lines = [line for line in old.strip().splitlines()[2:] if line.strip()] + list(measured[2:])
+    by_key = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in lines}
+    order = sorted(by_key, key=lambda key: (ENGINES.index(key[0]), int(key[1]), list(CASES).index(key[2])))
+    return "\n".join([f"{before}{BEGIN}", "", *measured[:2], *(by_key[key] for key in order), "", END + after])
+
+
 def parser() -> argparse.ArgumentParser:
     """The tool's options."""
     made = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,17 +163,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Measure, print, write."""
     options = parser().parse_args(argv)
-    lines: list[Line] = []
     for engine in options.engines:
         for ranks in options.ranks:
             if (engine == "single") != (ranks == 1) or (engine == "hsdp" and ranks < 4):
                 continue
-            lines += compare(engine, ranks, {name: CASES[name] for name in options.cases})
-            print("\n".join(table(lines[-len(options.cases) :])[2:]), flush=True)
-    if not options.only:
-        text = DOCUMENT.read_text()
-        before, rest = text.split(BEGIN, 1)
-        DOCUMENT.write_text("\n".join([f"{before}{BEGIN}", *table(lines), END + rest.split(END, 1)[1]]))
+            lines = table(compare(engine, ranks, {name: CASES[name] for name in options.cases}))
+            print("\n".join(lines[2:]), flush=True)
+            if not options.only:
+                DOCUMENT.write_text(update(DOCUMENT.read_text(), lines))
     return 0
 
 
