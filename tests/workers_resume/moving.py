@@ -33,17 +33,19 @@ def begin(name: str, root: Path) -> list[float]:
     return losses
 
 
-def go_on(name: str, root: Path) -> list[float]:
+def go_on(name: str, root: Path, *, momentum: bool = True) -> list[float]:
     found = newest(root / name)
     assert found is not None and found.step == HALF
-    engine = build(asked(), found)
+    engine = build(asked(), found, momentum=momentum)
     return [train(engine, step) for step in range(HALF + 1, 2 * HALF + 1)]
 
 
 def main(name: str, root: str, out: str, *others: str) -> None:
     torch.set_num_threads(1)
     found = {other: go_on(other, Path(root)) for other in others}
-    if not others:
+    if others:
+        found["without momentum"] = go_on(others[0], Path(root), momentum=False)
+    else:
         found = {name: begin(name, Path(root))}
     result_file(out).write_text(json.dumps(found))
     end_group()

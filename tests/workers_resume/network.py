@@ -58,7 +58,7 @@ def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
     return SGD_AGC(groups, lr=RATE, momentum=0.9, nesterov=True, weight_decay=1e-4, clipping=0.05)
 
 
-def build(strategy: Strategy, found: Checkpoint | None) -> Engine:
+def build(strategy: Strategy, found: Checkpoint | None, *, momentum: bool = True) -> Engine:
     """A new engine, with the values and the momentum of a checkpoint, or those that are drawn."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -70,7 +70,7 @@ def build(strategy: Strategy, found: Checkpoint | None) -> Engine:
     engine = build_engine(
         strategy, Network, values, make_optimizer, precision="fp32", micro_batch=MICRO_BATCH, accumulation=accumulation
     )
-    if found is not None:
+    if found is not None and momentum:
         checkpoints.load_momentum(engine, found)
     return engine
 
