@@ -46,17 +46,26 @@ def fake_mesh(world: int, shards: int) -> DeviceMesh:
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, precision: str) -> nn.Module:
-    """FSDP2 as the engine applies it: each residual unit a block, the rest the root's; gradients reduced in fp32.
+    """FSDP2 as the engine applies it: each residual unit and each convolution a block, the rest the root's.
 
-    The root keeps its gathered parameters from forward to backward, which is FSDP2's default for it.
+    Gradients are reduced in fp32. The root keeps its gathered parameters from forward to backward, which is FSDP2's
+    default for it.
     """
     bf16 = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-    for module in network.modules():
-        if isinstance(module, PreActBottleneck):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, mp_policy=policy)
     return network
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """What FSDP2 wraps beside the root, inner ones first (``engine.build_fsdp2``); of BiT only."""
+    modules = list(network.modules())[:0:-1]
+    if not any(isinstance(module, PreActBottleneck) for module in modules):
+        return []
+    # accelerate wraps instances of the classes that it is told, so that Conv2d stands for StdConv2d as well
+    return [module for module in modules if isinstance(module, (PreActBottleneck, nn.Conv2d))]
 
 
 def local_shapes(

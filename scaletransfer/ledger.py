@@ -8,6 +8,7 @@ resizing storages, which the ledger sees as well.
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,6 +72,7 @@ def record(
     bf16: bool,
     device_type: str,
     gradients: Literal["there", "new", "taken"] = "there",
+    kept: float = 0.0,
 ) -> tuple[list[int], int]:
     """Run forward and backward of one micro-batch.
 
@@ -81,6 +83,7 @@ def record(
         gradients: "there": it is not the first micro-batch of its step, and is added to what the others left.
             "new": it is the first one, and gradients come into being. "taken": whoever runs the network takes each
             gradient away when it is made, as DeepSpeed does.
+        kept: the share of each gradient for which that one needs memory from then on.
 
     Returns:
         The bytes of each storage as it is made (positive) and freed (negative), without those of parameters, buffers
@@ -92,7 +95,8 @@ def record(
         p.grad = torch.empty_like(p) if gradients == "there" else None
     known = [p.grad for p in trained if p.grad is not None]
     ledger = _Ledger([*network.parameters(), *network.buffers(), *known])
-    hooks = [p.register_post_accumulate_grad_hook(_take) for p in trained if gradients == "taken"]
+    take = partial(_take, ledger, kept)
+    hooks = [p.register_post_accumulate_grad_hook(take) for p in trained if gradients == "taken"]
     collecting = gc.isenabled()
     gc.disable()  # or cycles would end at another place of each run
     try:
@@ -112,8 +116,9 @@ def record(
     return ledger.changes, mark
 
 
-def _take(parameter: Tensor) -> None:
+def _take(ledger: _Ledger, kept: float, parameter: Tensor) -> None:
     parameter.grad = None
+    ledger.changes.append(math.ceil(kept * size_of(parameter)))
 
 
 @contextmanager

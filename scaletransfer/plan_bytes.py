@@ -163,10 +163,10 @@ class Estimator:
             found = self._zero3(engine, micro_batch)
         return max(found, key=lambda m: m.total)
 
-    def _live(self, micro_batch: int, gradients: str, *, native: bool = False) -> int:
+    def _live(self, micro_batch: int, gradients: str, *, native: bool = False, kept: float = 0.0) -> int:
         """Bytes that a micro-batch needs where the network is whole; ``native``: its weights are bf16."""
         job = self.job
-        key = ("whole", gradients, native)
+        key = ("whole", gradients, native, kept)
         if key not in self._traces:
             bf16 = job.precision == "bf16"
             self._traces[key] = trace(
@@ -175,6 +175,7 @@ class Estimator:
                 autocast=bf16 and not native,
                 native=bf16 and native,
                 gradients=gradients,  # type: ignore[arg-type]
+                kept=kept,
             )
         return self._traces[key].live(micro_batch)
 
@@ -302,10 +303,13 @@ class Estimator:
         copies = FLOAT * filled * (1 if job.compute == FLOAT else 2)
         once = job.parameters <= rules.reduce_bucket_size
         gathered = job.compute * gathered_numbers(job)
+        # on a CPU the engine gives their pages back after each step
+        gradual = not job.cuda and job.accumulation == 1
+        live = self._live(micro_batch, "taken", native=True, kept=h.gradients / (FLOAT * job.parameters) * gradual)
         backward = Memory(
             moment="backward",
-            gradients=gradients,
-            activations=self._live(micro_batch, "taken", native=True),
+            gradients=0 if gradual else gradients,
+            activations=live,
             gathered=gathered,
             buckets=bucket + (0 if once else copies),
             **base,

@@ -14,8 +14,8 @@ from scaletransfer.engine.assemble import make_network, make_optimizer
 from scaletransfer.engine.build_zero import deepspeed_settings
 from scaletransfer.engine.data import open_data
 from scaletransfer.engine.strategy import Strategy
+from scaletransfer.fake_ranks import blocks
 from scaletransfer.ledger import size_of
-from scaletransfer.models import PreActBottleneck
 from scaletransfer.plan_bytes import Job, ZeroRules
 from scaletransfer.plan_trace import Images
 from scaletransfer.units import Segment
@@ -83,9 +83,7 @@ def make_job(
     with torch.device("meta"):
         skeleton = create()
     groups = make_optimizer(cfg.optimizer, skeleton).param_groups
-    inside = {
-        id(p) for module in skeleton.modules() if isinstance(module, PreActBottleneck) for p in module.parameters()
-    }
+    inside = {id(p) for block in blocks(skeleton) for p in block.parameters()}
     return Job(
         create=create,
         groups=[[tuple(p.shape) for p in group["params"]] for group in groups],
@@ -98,7 +96,8 @@ def make_job(
         shards=node_shards(world, per_node),
         accumulation=steps,
         momentum=cfg.optimizer.momentum > 0,
-        temporaries=(cfg.optimizer.weight_decay > 0) + cfg.optimizer.nesterov,
+        # ours steps in one pass over memory
+        temporaries=0 if cfg.optimizer.name == "sgd_agc" else (cfg.optimizer.weight_decay > 0) + cfg.optimizer.nesterov,
         buffers=sum(size_of(b) for b in skeleton.buffers()),
         zero=zero_rules(world, precision, cfg.micro_batch, steps),
     )

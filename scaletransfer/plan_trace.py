@@ -61,19 +61,21 @@ class Images:
     """"cuda" or "cpu", whose autocast differ."""
 
 
-def trace(create: Create, images: Images, *, autocast: bool, native: bool, gradients: Gradients) -> Trace:
+def trace(
+    create: Create, images: Images, *, autocast: bool, native: bool, gradients: Gradients, kept: float = 0.0
+) -> Trace:
     """A network whose parameters are whole.
 
     Args:
         create: makes it. autocast: float32 weights under bf16 autocast. native: bf16 weights.
-        gradients: as for ``ledger.record``; those that come new are part of the trace, those that are there are not.
+        gradients, kept: as for ``ledger.record``; those that come new are part of the trace, those that are there not.
     """
 
     def made() -> nn.Module:
         return Cast(create().to(torch.bfloat16)) if native else create()
 
     with fake_network(made) as network:
-        return _trace(network, images, autocast, gradients)
+        return _trace(network, images, autocast, gradients, kept)
 
 
 def trace_fsdp(
@@ -97,7 +99,7 @@ def fake_fsdp(create: Create, world: int, shards: int, precision: str) -> Iterat
             yield network
 
 
-def _trace(network: nn.Module, images: Images, autocast: bool, gradients: Gradients) -> Trace:
+def _trace(network: nn.Module, images: Images, autocast: bool, gradients: Gradients, kept: float = 0.0) -> Trace:
     found = [
         record(
             network,
@@ -107,6 +109,7 @@ def _trace(network: nn.Module, images: Images, autocast: bool, gradients: Gradie
             bf16=autocast,
             device_type=images.device_type,
             gradients=gradients,
+            kept=kept,
         )[0]
         for micro_batch in (LOW, HIGH)
     ]

@@ -131,11 +131,13 @@ def held(
         )
     assert engine in ("zero3", "zero3_offload"), engine
     share = parameter_share(shapes, world)
+    # Partitions in float32 are the masters themselves (engine.zero_memory), but with offload.
+    shared = precision != "bf16" and engine == "zero3"
     # With offload a second copy: where micro-batches are added up, and what the optimizer is given.
     copies = 2 if engine == "zero3_offload" else 1
     return Held(
         parameters=compute * (share + persistent(shapes, threshold)),
-        masters=FLOAT * share,
+        masters=0 if shared else FLOAT * share,
         gradients=copies * FLOAT * share,
         momentum=FLOAT * share * momentum,
     )

@@ -75,14 +75,16 @@ def test_shares_by_hand() -> None:
     assert held["zero2"] == held["zero1"] == shares.Held(parameters=76, masters=40, gradients=60, momentum=40)
     assert shares.held("zero2", groups, 2, rank=1).gradients == 76
     # ZeRO-3 cuts each parameter: 8 + 2; both are small enough to stay whole as well
-    assert shares.held("zero3", groups, 2) == shares.Held(parameters=116, masters=40, gradients=40, momentum=40)
+    assert shares.held("zero3", groups, 2) == shares.Held(parameters=116, masters=0, gradients=40, momentum=40)
+    away = shares.held("zero3_offload", groups, 2)
+    assert away == shares.Held(parameters=116, masters=40, gradients=80, momentum=40)
     assert shares.held("zero3", groups, 2, threshold=4).parameters == 4 * (10 + 4)
     assert shares.held("ddp", groups, 2, momentum=False).momentum == 0
     bf16 = {engine: shares.held(engine, groups, 2, precision="bf16") for engine in ("ddp", "zero1", "zero2", "zero3")}
     assert bf16["ddp"] == held["ddp"]  # autocast: weights stay float32
     assert (bf16["zero1"].parameters, bf16["zero1"].gradients) == (38, 4 * (19 + 9))
     assert (bf16["zero2"].parameters, bf16["zero2"].gradients) == (38, 40)
-    assert bf16["zero3"].parameters == 58
+    assert (bf16["zero3"].parameters, bf16["zero3"].masters) == (58, 40)
 
 
 def test_deepspeeds_defaults_are_those_of_the_installed_release() -> None:
