@@ -128,7 +128,7 @@ def test_the_table_stands_between_its_markers_and_nothing_else_changes(tmp_path:
 
 
 def test_a_run_out_of_bounds_is_named() -> None:
-    case = Case(optimizer="sgd", task="multiclass")
+    case = Case(optimizer="sgd", task="multilabel")
     run = {"loss": [2.0, *[1.0] * (STEPS - 1)], "weights": {"fp32": 2e-4, "fp64": 1e-7}}
     found = dict.fromkeys((c.name for c in tool.all_cases("single")), run)
     line, beyond = tool.row("zero1", [found, found], found)
