@@ -81,16 +81,17 @@ def test_a_silent_batch_between_others_is_passed_over(tmp_path):
     trainer = build_single(config, "name=some", *options)
     seen = []
 
-    def watch(step: int, group, first, known: bool) -> None:
+    def watch(step: int, group, first, known: bool):
         state = trainer.engine.optimizer.state
         before = [value.clone() for value in trainer.engine.module.state_dict().values()]
         before += [entry["momentum_buffer"].clone() for entry in state.values()]
-        type(trainer)._step(trainer, step, group, first, known)
+        result = type(trainer)._step(trainer, step, group, first, known)
         after = list(trainer.engine.module.state_dict().values())
         after += [entry["momentum_buffer"] for entry in state.values()]
         moved = len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         targets = torch.cat([batch["target"] for batch in group])
         seen.append((bool((~targets.isnan()).any()), known, moved))
+        return result
 
     trainer._step = watch
     trainer.run()
