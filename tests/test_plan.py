@@ -90,6 +90,7 @@ def test_ddp_of_r152x4_is_refused_on_two_ranks_of_12_gib_with_the_numbers(pair: 
     assert 3 * state > 12 * GIB
     assert fsdp2.fits and fsdp2.memory.total < 12 * GIB
     assert fsdp2.memory.parameters == pytest.approx(state / 2, rel=1e-3)
+    assert pair.row("zero3").fits
     assert pair.recommended == "fsdp2"
     text = plan.show(pair)
     assert f"ddp does not fit: it needs {ddp.memory.total / GIB:.2f} GiB of 12.00" in text
