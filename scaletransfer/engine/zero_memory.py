@@ -50,11 +50,14 @@ def forget_gradients(zero: Any) -> None:
     buffer = zero.grad_partitions_flat_buffer
     if buffer is None or buffer.device.type != "cpu" or buffer.is_pinned():
         return
-    page, begin = mmap.PAGESIZE, buffer.data_ptr()
+    page, begin, size = mmap.PAGESIZE, buffer.data_ptr(), buffer.element_size()
     first = -(-begin // page) * page
-    length = (begin + buffer.numel() * buffer.element_size()) // page * page - first
+    length = (begin + buffer.numel() * size) // page * page - first
     if length <= 0:
         return
+    # the ends share their pages with other memory
+    buffer[: (first - begin) // size].zero_()
+    buffer[(first + length - begin) // size :].zero_()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), "the memory of gradients could not be given back (madvise)")
