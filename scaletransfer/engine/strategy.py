@@ -90,6 +90,8 @@ def asked(env: Mapping[str, str] | None = None, cuda: bool = False) -> Strategy:
         engine = _fsdp(env)
     else:
         engine = "ddp" if world > 1 else "single"
+    if engine != "hsdp" and _flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ValueError(f"parallelism_config is set, which {engine} would ignore: remove it, or use launch/hsdp.yaml")
     replicas = _replicas(env, world) if engine == "hsdp" else world if engine == "ddp" else 1
     return Strategy(
         engine=engine,
