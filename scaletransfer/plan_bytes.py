@@ -116,7 +116,7 @@ class Memory:
     """Bytes of a GPU at one moment of a step."""
 
     moment: Moment
-    """forward, backward: of a micro-batch. reduction: gradients are added over the ranks. update: the optimizer steps."""
+    """forward, backward: of a micro-batch. reduction: gradients are added over the ranks. update: the optimizer."""
     parameters: int
     """With float32 masters and the network's buffers."""
     gradients: int
