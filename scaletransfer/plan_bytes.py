@@ -28,7 +28,7 @@ from scaletransfer.shares import (
     row_share,
 )
 
-Moment = Literal["backward", "reduction", "update"]
+Moment = Literal["forward", "backward", "reduction", "update"]
 ENGINES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "zero3_offload")
 
 
@@ -116,7 +116,7 @@ class Memory:
     """Bytes of a GPU at one moment of a step."""
 
     moment: Moment
-    """backward: of a micro-batch. reduction: when gradients are added over the ranks. update: the optimizer's step."""
+    """forward, backward: of a micro-batch. reduction: gradients are added over the ranks. update: the optimizer."""
     parameters: int
     """With float32 masters and the network's buffers."""
     gradients: int
@@ -302,7 +302,11 @@ class Estimator:
         bucket = FLOAT * (rules.reduce_bucket_size if job.cuda else filled)
         copies = FLOAT * filled * (1 if job.compute == FLOAT else 2)
         once = job.parameters <= rules.reduce_bucket_size
-        gathered = job.compute * gathered_numbers(job)
+        gathered = gathered_numbers(job)
+        if kept_for_backward(job) == sum(_large(job)):
+            # nothing is gathered in backward: what came in one tensor is let go of when forward ends
+            gathered = kept_for_backward(job)
+        gathered, forward = job.compute * gathered, job.compute * gathered_numbers(job)
         # on a CPU the engine gives their pages back after each step
         gradual = not job.cuda and job.accumulation == 1
         live = self._live(micro_batch, "taken", native=True, kept=h.gradients / (FLOAT * job.parameters) * gradual)
@@ -312,6 +316,14 @@ class Estimator:
             activations=live,
             gathered=gathered,
             buckets=bucket + (0 if once else copies),
+            **base,
+        )
+        first = Memory(
+            moment="forward",
+            gradients=0 if gradual else gradients,
+            activations=self._forward(micro_batch),
+            gathered=forward,
+            buckets=bucket,
             **base,
         )
         reduction = Memory(moment="reduction", gradients=gradients, buckets=bucket + copies, **base)
@@ -324,7 +336,12 @@ class Estimator:
             buckets=bucket,
             **base,
         )
-        return [backward, reduction, update]
+        return [first, backward, reduction, update]
+
+    def _forward(self, micro_batch: int) -> int:
+        """Bytes at the end of a forward under DeepSpeed."""
+        self._live(micro_batch, "taken", native=True)
+        return self._traces["whole", "taken", True, 0.0].kept(micro_batch)
 
 
 def kept_for_backward(job: Job) -> int:

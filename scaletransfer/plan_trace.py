@@ -34,6 +34,13 @@ class Trace:
     moments: tuple[tuple[int, int], ...]
     """(fixed bytes, bytes an image), of those moments that are the fullest for some micro-batch."""
 
+    forward: tuple[int, int] = (0, 0)
+    """The same at the end of forward."""
+
+    def kept(self, micro_batch: int) -> int:
+        """Bytes at the end of forward."""
+        return self.forward[0] + micro_batch * self.forward[1]
+
     def live(self, micro_batch: int) -> int:
         """Bytes at the fullest moment."""
         return max(fixed + micro_batch * each for fixed, each in self.moments)
@@ -110,10 +117,11 @@ def _trace(network: nn.Module, images: Images, autocast: bool, gradients: Gradie
             device_type=images.device_type,
             gradients=gradients,
             kept=kept,
-        )[0]
+        )
         for micro_batch in (LOW, HIGH)
     ]
-    return Trace(moments=fullest(moments(found[0], found[1], LOW, HIGH)))
+    sums = moments(found[0][0], found[1][0], LOW, HIGH)
+    return Trace(moments=fullest(sums), forward=sums[found[0][1]])
 
 
 def flops_per_image(create: Create, images: Images) -> int:
