@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from scaletransfer.models import PreActBottleneck
+from scaletransfer.models import Classifier, PreActBottleneck
 from scaletransfer.shares import Shape
 from scaletransfer.units import local
 
@@ -64,8 +64,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     modules = list(network.modules())[:0:-1]
     if not any(isinstance(module, PreActBottleneck) for module in modules):
         return []
-    # accelerate wraps instances of the classes that it is told, so that Conv2d stands for StdConv2d as well
-    return [module for module in modules if isinstance(module, (PreActBottleneck, nn.Conv2d))]
+    return [module for module in modules if isinstance(module, (PreActBottleneck, Classifier))]
 
 
 def local_shapes(

@@ -42,9 +42,10 @@ def build_fsdp2(
     if "PreActBottleneck" not in names:
         plugin.auto_wrap_policy = None
     elif plugin.transformer_cls_names_to_wrap:
-        # The head too (nothing else in BiT is a plain convolution): with many classes it is the largest tensor, and
-        # would otherwise stay gathered, with its whole gradient, from the first moment of backward to the last.
-        plugin.transformer_cls_names_to_wrap = [*plugin.transformer_cls_names_to_wrap, "Conv2d"]
+        # The head too: with many classes it is the largest tensor, and would otherwise stay gathered, with its whole
+        # gradient, from the first moment of backward to the last.
+        apart = [name for name in ("Classifier",) if name in names]
+        plugin.transformer_cls_names_to_wrap = [*plugin.transformer_cls_names_to_wrap, *apart]
     module = fsdp2_prepare_model(accelerator, module)
     module.to_empty(device=accelerator.device)
     fill(module, source)

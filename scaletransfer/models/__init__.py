@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scaletransfer.models.bit import PUBLISHED, BiT, PreActBottleneck, parse_name
+from scaletransfer.models.bit import PUBLISHED, BiT, Classifier, PreActBottleneck, parse_name
 from scaletransfer.models.init import init_weights, initial_tensors, initial_value
 
 __all__ = [
     "PUBLISHED",
     "BiT",
+    "Classifier",
     "PreActBottleneck",
     "create_model",
     "head_names",

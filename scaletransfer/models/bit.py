@@ -187,6 +187,10 @@ class PreActBottleneck(nn.Module):
         return out + shortcut
 
 
+class Classifier(nn.Conv2d):
+    """The head's convolution, by a name of its own: with many classes the largest tensor, which engines wrap apart."""
+
+
 class BiT(nn.Module):
     """BiT for `num_classes` outputs; see `create_model` for names.
 
@@ -230,7 +234,7 @@ class BiT(nn.Module):
                 gn=GroupNorm(GROUPS, c_in),
                 relu=nn.ReLU(),
                 avg=nn.AdaptiveAvgPool2d(1),
-                conv=nn.Conv2d(c_in, num_classes, 1),
+                conv=Classifier(c_in, num_classes, 1),
             )
         )
 
