@@ -104,6 +104,7 @@ def test_a_rank_that_is_killed_is_named(bench):
     assert " is gone: it was killed" in hit(bench, "ddp", signal.SIGKILL, 2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named(bench):
     assert " has said nothing for " in hit(bench, "ddp", signal.SIGSTOP, 2)
 
