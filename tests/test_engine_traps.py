@@ -47,7 +47,9 @@ SENTENCES = {
     "scaled gradient": "clipped or scaled on the way",
 }
 WORLDS = {engine: 4 if engine == "hsdp" else 2 for engine in TRAPS}
-ENGINES = [pytest.param(engine, marks=pytest.mark.slow if engine in ("hsdp", "zero3_offload") else ()) for engine in TRAPS]
+ENGINES = [
+    pytest.param(engine, marks=pytest.mark.slow if engine in ("hsdp", "zero3_offload") else ()) for engine in TRAPS
+]
 CASES = [
     pytest.param(engine.values[0], name, marks=engine.marks)
     for engine in ENGINES
