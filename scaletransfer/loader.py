@@ -140,6 +140,7 @@ class ShardDataset(Dataset[Batch]):
         pixel_max: the value that stands for white in 16-bit batches, to which images of every source are scaled;
             None takes the largest of the sources. 8-bit batches have 255.
         max_bad: samples that may turn out unreadable before one is an error; they have unknown targets.
+        twice: of each source, rows to be left out as if unreadable (`shard_reader.check_once`).
         remote: how shards named by a URL are read.
     """
 
@@ -154,18 +155,17 @@ class ShardDataset(Dataset[Batch]):
         pixel_max: int | None = None,
         *,
         max_bad: int = 0,
+        twice: Sequence[frozenset[int]] = (),
         remote: RemoteSettings | None = None,
     ) -> None:
-        self.sources = tuple(sources)
-        self.order = order
+        self.sources, self.order = tuple(sources), order
         self.fused = transform if isinstance(transform, Fused) else None
         self.transform = None if isinstance(transform, Fused) else transform
         self.channels, self.depth = channels, depth
         assert self.fused is None or self.fused.channels == channels
         whites = [source.index.image.white(depth or source.index.image.bit_depth) for source in self.sources]
         self.pixel_max = pixel_max or max(whites)
-        self.seed = seed
-        self.max_bad = max_bad
+        self.seed, self.max_bad, self.twice = seed, max_bad, tuple(twice)
         self.reader = ShardReader(remote)
         self._decoding = [self._decoding_of(source.index) for source in self.sources]
         self._starts = np.concatenate([[0], np.cumsum([len(s.index.table(s.split)) for s in self.sources])])
@@ -268,6 +268,9 @@ class ShardDataset(Dataset[Batch]):
         """
         which, row = pending.where[number]
         source = self.sources[which]
+        if self.twice and row in self.twice[which]:
+            pending.bad[number] = f"{image_place(source.index, source.split, row)} is another row's sample once more"
+            return
         try:
             data = self._read(source, row, pending.entries[number])
             pending.sizes[number] = len(data)

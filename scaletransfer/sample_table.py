@@ -65,6 +65,16 @@ def patient_numbers(codes: Iterable[str]) -> dict[str, int]:
     return {"": -1} | {code: number for number, code in enumerate(distinct)}
 
 
+def rows_twice(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Rows whose key an earlier row has, ascending."""
+    ordered = np.sort(keys)  # without the rows' numbers this takes a tenth of the time, and nearly always says no
+    if not np.any(ordered[1:] == ordered[:-1]):
+        return np.empty(0, np.int64)
+    order = np.argsort(keys, kind="stable")
+    same = keys[order[1:]] == keys[order[:-1]]
+    return np.sort(order[1:][same])
+
+
 def open_table(path: Path, sha256: str, rows: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Memory-map a sample table read-only; ValueError, naming the file, if hash, columns or rows differ."""
     mend = (

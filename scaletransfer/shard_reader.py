@@ -15,6 +15,7 @@ from collections import OrderedDict
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32  # the same number as zlib's in an eighth of the time
 
@@ -23,6 +24,7 @@ from scaletransfer.foreign_members import Naming, OtherMember, is_foreign, read_
 from scaletransfer.image_files import INSIDE
 from scaletransfer.index import ShardIndex
 from scaletransfer.index_fields import ShardInfo
+from scaletransfer.sample_table import rows_twice
 from scaletransfer.shard_cache import ShardCache
 from scaletransfer.storage_errors import shown
 from scaletransfer.storage_settings import ReadCounters, RemoteSettings
@@ -249,6 +251,25 @@ def read_view(
 def _damaged(index: ShardIndex, split: str, row: int) -> str:
     where = image_place(index, split, row)
     return f"{where} is damaged (its CRC-32 differs from the sample table's): copy the shard"
+
+
+def check_once(index: ShardIndex, split: str, allowed: int = 0) -> frozenset[int]:
+    """Rows of a split that are another row's sample once more, which an epoch would see twice.
+
+    Raises:
+        ValueError: there are more than `allowed`; the sentence names the first pair, their shards and offsets.
+    """
+    keys = np.ascontiguousarray(index.table(split)["key"])
+    rows = rows_twice(keys)
+    if len(rows) > allowed:
+        first = int(np.flatnonzero(keys == keys[rows[0]])[0])
+        raise ValueError(
+            f"{image_place(index, split, int(rows[0]))} is the same sample as {image_place(index, split, first)}, and "
+            f"{len(rows)} row(s) of {index.splits[split].table_file or index.where} are so: an epoch would see them "
+            "twice; make the folder again with make_shards --overwrite, or, to leave up to N of them out of "
+            "pre-training, set data.max_bad_samples=N"
+        )
+    return frozenset(rows.tolist())
 
 
 def image_place(index: ShardIndex, split: str, row: int) -> str:

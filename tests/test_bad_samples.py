@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from scaletransfer.order import Order, rank_positions
 from scaletransfer.shards import build, plan_shards
 from scaletransfer.sources import open_source
 from scaletransfer.streams import batches, make_loader
+from scaletransfer.transfer.data import make_target
 from scaletransfer.transforms import TransformOptions, build_transform
 
 
@@ -151,6 +154,41 @@ def test_a_run_names_counts_and_bounds_them(chexpert, tmp_path, capsys):
     counted = [row["bad_samples"] for row in rows if row.get("event") == "log"]
     assert counted == sorted(counted) and counted[-1] == len(said) == 3
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+
+def rewrite_table(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Another sample table for the split train, and an index.json that agrees with it."""
+    path, content = folder / "samples-train.npy", json.loads((folder / "index.json").read_text())
+    table = change(np.load(path))
+    np.save(path, table)
+    split = content["splits"]["train"]
+    split["table_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    counts = np.bincount(table["shard"], minlength=len(split["shards"])).tolist()
+    for shard, count in zip(split["shards"], counts, strict=True):
+        shard["samples"] = count
+    split["samples"] = len(table)
+    (folder / "index.json").write_text(json.dumps(content))
+
+
+def test_a_sample_that_is_there_twice(chexpert, tmp_path, capsys):
+    """The rows of one shard once more, as if of another: refused, or left out as often as is allowed."""
+    shards = Path(shutil.copytree(chexpert, tmp_path / "shards"))
+    rows = np.flatnonzero(np.load(shards / "samples-train.npy")["shard"] == 0)[:2]
+
+    key = load_index(shards).keys("train", rows[:1])[0]
+    rewrite_table(shards, lambda table: np.sort(np.concatenate([table, table[rows]]), order=["shard", "offset"]))
+    config = write_config(tmp_path, shards)
+    sentence = rf"image {key} in \S+train-000000\.tar at offset \d+ is the same sample as image {key} in .*2 row\(s\)"
+    with pytest.raises(ValueError, match=sentence):
+        run(config, "name=strict")
+    with pytest.raises(ValueError, match=sentence):
+        run(config, "name=bounded", "data.max_bad_samples=1")
+    with pytest.raises(ValueError, match=sentence):
+        make_target(load_index(shards), "chexpert", POLICY)
+    capsys.readouterr()
+    rows_logged = run(config, "name=lenient", "data.max_bad_samples=2")
+    said = [line for line in capsys.readouterr().err.splitlines() if "is another row's sample once more" in line]
+    assert 1 <= len(said) <= 2 and rows_logged
 
 
 @pytest.mark.engine

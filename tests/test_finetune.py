@@ -128,22 +128,25 @@ def test_a_finished_run_is_not_run_again(finished, images, pretrained, capsys):
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(finished, images, pretrained, tmp_path):
-    """SIGKILL in the middle, at every checkpoint that there is; the same command again."""
+    """SIGKILL in the middle, before and after the checkpoint of step 4 is complete; the same command again."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "scaletransfer.finetune", "--images", str(images), "--model-path", str(pretrained)]
     command += ["--logdir", str(folder), "--seed", "3", *FAST]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     code = (
-        "import os, signal, sys; from scaletransfer.engine import trainer; right = trainer.Trainer._step\n"
+        "import os, pathlib, signal, sys, time\n"
+        "from scaletransfer.engine import trainer; right = trainer.Trainer._step\n"
         "def step(self, number, *rest):\n"
-        "    if number == int(sys.argv.pop(1)): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    sys.argv.insert(1, str(DIE)); return right(self, number, *rest)\n"
-        "trainer.Trainer._step = step; from scaletransfer.finetune import main; DIE = sys.argv[1]\n"
-        "arguments = sys.argv[2:]; main(arguments)"
+        "    saved = pathlib.Path(FOLDER, 'checkpoints', 'latest')\n"
+        "    while number > 4 and not saved.exists(): time.sleep(0.01)\n"  # a thread of its own writes it
+        "    if number == DIE: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return right(self, number, *rest)\n"
+        "trainer.Trainer._step = step; from scaletransfer.finetune import main\n"
+        "DIE, FOLDER, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]; main(arguments)"
     )
     for step in ("4", "6"):
-        words = [sys.executable, "-c", code, step, *command[3:]]
-        died = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        words = [sys.executable, "-c", code, step, str(folder), *command[3:]]
+        died = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=200)
         assert died.returncode == -9, died.stderr[-2000:]
         assert not (folder / "result.json").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

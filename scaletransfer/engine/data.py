@@ -11,6 +11,7 @@ from scaletransfer.index import ShardIndex, load_index
 from scaletransfer.labels import LabelPolicy, vocabulary
 from scaletransfer.loader import ShardDataset, Source, target_names
 from scaletransfer.order import Order
+from scaletransfer.shard_reader import check_once
 from scaletransfer.storage_settings import RemoteSettings
 from scaletransfer.transforms import TransformOptions, build_transform
 
@@ -60,6 +61,8 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
     def dataset(pairs: list[tuple[ShardIndex, str]], white: int | None = None) -> ShardDataset:
         training = white is None
         chosen = [Source(index=i, split=s, policy=rules, names=names) for i, s in pairs]
+        max_bad = data.max_bad_samples if training else 0
+        twice = [check_once(i, s, max_bad) for i, s in pairs]
         order = None
         if training:
             shards = tuple(source.shards for source in chosen)
@@ -79,7 +82,8 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
             1 if data.transform == "xray" else 3,
             cfg.seed,
             pixel_max=white,
-            max_bad=data.max_bad_samples if training else 0,
+            max_bad=max_bad,
+            twice=twice if any(twice) else (),
             remote=remote,
         )
 

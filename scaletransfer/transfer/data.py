@@ -15,6 +15,7 @@ from scaletransfer.config import FinetuneConfig, FinetuneDataConfig
 from scaletransfer.image_check import probe_areas
 from scaletransfer.index import ShardIndex, from_records, load_index
 from scaletransfer.loader import Source, target_names
+from scaletransfer.shard_reader import check_once
 from scaletransfer.sources import open_source, source_options
 from scaletransfer.sources.image_folder import ImageFolder
 from scaletransfer.transfer.hyperrule import resolution
@@ -107,7 +108,9 @@ def make_target(
     notes: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Target:
-    """A target from an opened index."""
+    """A target from an opened index; ValueError for a folder of shards that has a sample twice."""
+    for split in index.splits if not index.in_memory else ():
+        check_once(index, split)
     names = target_names([index], policy, "intersection", None)
     return Target(
         dataset=dataset, index=index, names=names, policy=policy, notes=tuple(notes), settings=dict(settings or {})
