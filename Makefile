@@ -1,6 +1,8 @@
 # `make` alone lists the targets. Everything is installed into .venv in this checkout, pinned by constraints.txt.
 PYTHON ?= python3
 VENV   := .venv
+# Test files that run at the same time; those that start several processes of their own run one by one.
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -33,7 +35,8 @@ demo: install ## synthetic data -> shards -> pre-training on two processes -> ex
 	$(BIN)/python tools/demo.py
 
 test: install ## the tests, two-process engine tests included
-	$(BIN)/python -m pytest -m "not slow and not soak"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not engine and not slow and not soak"
+	$(BIN)/python -m pytest -m "engine and not slow and not soak"
 
 slow: install ## the long multi-process matrix
 	$(BIN)/python -m pytest -m "slow and not soak" --timeout=1800
