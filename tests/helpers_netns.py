@@ -48,6 +48,18 @@ class Hosts:
         for name in self.names:
             self._ip("-n", name, "link", "set", "net0", state)
 
+    def drop(self, on: bool) -> None:
+        """Packets are lost on the way, and nobody is told: the link is up, as behind a firewall or a broken switch.
+
+        The neighbour's address leads to a card that nobody has; `iptables -j DROP` does the same where it is there.
+        """
+        for name, other in zip(self.names, reversed(self.addresses), strict=True):
+            if on:
+                lost = ("lladdr", "02:00:00:00:00:99", "dev", "net0", "nud", "permanent")
+                self._ip("-n", name, "neigh", "replace", other, *lost)
+            else:
+                self._ip("-n", name, "neigh", "del", other, "dev", "net0")
+
     def make(self) -> None:
         for name in self.names:
             self._ip("netns", "add", name)

@@ -39,6 +39,7 @@ SENTENCES = {
     "sums of one rank": "SGD_AGC adds up norms over other ranks than those that share a copy of the model",
     "optimizer before sharding": "the optimizer steps other tensors than those that hold the model's parameters",
     "mesh ignored": r"hsdp was asked for but .* is not sharded over 2 x 2 ranks",
+    "rounded first": r"in bf16 rounds weights before they are standardised, and filter 5 of body.block2.unit01.conv2",
     "without transformers": r"zero2 needs the package transformers: pip install 'scaletransfer\[deepspeed\]'",
     "dispatcher": "step 0: the ranks read . different samples of the 8",
     "another optimizer class": "the optimizer that steps is SGD, not SGD_AGC",

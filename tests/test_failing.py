@@ -47,7 +47,8 @@ class Bench:
         return self.folder / "runs" / name
 
     def start(self, engine: str, name: str, case: object | None = None, *, world: int = 2) -> Launched:
-        arguments = [json.dumps(case or []), "--config", str(self.config), f"name={name}", "micro_batch=4"]
+        micro = 3 if world == 4 else 4
+        arguments = [json.dumps(case or []), "--config", str(self.config), f"name={name}", f"micro_batch={micro}"]
         return launch(engine, arguments, self.folder, module="workers_stopping.acting", world=world)
 
     def until_step(self, run: Launched, name: str, step: int) -> None:
@@ -110,10 +111,13 @@ def test_a_rank_that_is_stopped_is_named(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "fsdp2", "ddp"])
-def test_of_three_ranks_the_one_that_is_killed_or_stopped_is_named(bench, engine):
-    assert " is gone: it was killed" in hit(bench, engine, signal.SIGKILL, 3)
-    assert " has said nothing for " in hit(bench, engine, signal.SIGSTOP, 3)
+@pytest.mark.parametrize(
+    ("engine", "world"),
+    [("ddp", 3), ("fsdp2", 3), ("hsdp", 4), ("zero1", 3), ("zero2", 3), ("zero3", 3), ("zero3_offload", 3)],
+)
+def test_of_several_ranks_the_one_that_is_killed_or_stopped_is_named(bench, engine, world):
+    assert " is gone: it was killed" in hit(bench, engine, signal.SIGKILL, world)
+    assert " has said nothing for " in hit(bench, engine, signal.SIGSTOP, world)
 
 
 def acted(bench: Bench, name: str, case: dict[str, object], seconds: float) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,18 +114,22 @@ def test_two_hosts_are_stopped_and_go_on(cluster):
     assert steps(cluster.run("stopped")) == steps(cluster.run("whole"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_link_that_is_interrupted_ends_both_in_time_and_the_run_goes_on(cluster, engine):
-    name = f"cut-{engine}"
+@pytest.mark.parametrize("how", ["link", "drop"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_a_link_that_is_interrupted_ends_both_in_time_and_the_run_goes_on(cluster, engine, how):
+    """The cable is pulled out, or packets are lost without a word."""
+    name = f"cut-{engine}-{how}"
+    cut = partial(getattr(cluster.hosts, how), True)
+    mend = partial(getattr(cluster.hosts, how), False)
     run = cluster.start(engine, name)
     try:
         cluster.until_step(run, name, 6)
         began = time.monotonic()
-        cluster.hosts.link("down")
+        cut()
         status = run.wait(LIMIT + PATIENCE)
         took = time.monotonic() - began
     finally:
-        cluster.hosts.link("up")
+        mend()
         run.end()
     text = run.err.read_text()
     print(f"ended after {took:.1f} s with {status}:\n{text[-4000:]}")

@@ -92,11 +92,11 @@ def test_one_more_stops_the_run_also_after_a_resume(config, base, monkeypatch):
     assert not (base / "runs" / "more" / "checkpoints" / "step-00000006").exists()
 
 
-def on_two_ranks(config: Path, base: Path, engine: str, *options: str) -> None:
+def on_all_ranks(config: Path, base: Path, engine: str, *options: str) -> None:
     name = "-".join([engine, *(option.split("=")[1] for option in options)])
     case = {"rank": 1, "at": "loss", "number": POISONED, "do": "nan"}
     arguments = [json.dumps(case), "--config", str(config), f"name={name}", "failing.skip_nonfinite=3", *options]
-    run = launch(engine, arguments, base, module="workers_stopping.acting")
+    run = launch(engine, arguments, base, module="workers_stopping.acting", world=4 if engine == "hsdp" else 2)
     try:
         assert run.wait() == 0, run.text()
     finally:
@@ -106,7 +106,7 @@ def on_two_ranks(config: Path, base: Path, engine: str, *options: str) -> None:
 
 @pytest.mark.engine
 def test_zero2_leaves_it_out_on_both_ranks(config, base):
-    on_two_ranks(config, base, "zero2")
+    on_all_ranks(config, base, "zero2")
 
 
 @pytest.mark.slow
@@ -116,14 +116,19 @@ def test_zero2_leaves_it_out_on_both_ranks(config, base):
     [
         ("ddp", ()),
         ("fsdp2", ()),
+        ("fsdp2", ("precision=bf16",)),
+        ("hsdp", ()),
+        ("hsdp", ("optimizer.name=sgd",)),
         ("zero1", ()),
         ("zero3", ()),
         ("zero3", ("optimizer.name=sgd",)),
+        ("zero3", ("precision=bf16",)),
         ("zero3_offload", ()),
+        ("zero3_offload", ("optimizer.name=sgd",)),
         ("zero2", ("optimizer.name=sgd", "precision=bf16")),
         ("zero1", ("precision=bf16",)),
         ("fsdp2", ("optimizer.name=sgd",)),
     ],
 )
-def test_every_engine_leaves_it_out_on_both_ranks(config, base, engine, options):
-    on_two_ranks(config, base, engine, *options)
+def test_every_engine_leaves_it_out_on_all_ranks(config, base, engine, options):
+    on_all_ranks(config, base, engine, *options)

@@ -81,18 +81,22 @@ def same(run: Path, whole: Path) -> None:
     assert validations[0] == validations[1] and [row["step"] for row in validations[0]] == [8, 12]
 
 
-def stopped_again_and_again(bench: Bench, engine: str) -> None:
+def stopped_again_and_again(bench: Bench, engine: str, world: int = 2) -> None:
     name, whole = f"stopped-{engine}", f"whole-{engine}"
-    launch_to_end(engine, ["--config", str(bench.config), f"name={whole}"], bench.folder)
+    micro = f"micro_batch={8 // world}"  # two micro-batches a step
+    launch_to_end(engine, ["--config", str(bench.config), f"name={whole}", micro], bench.folder, world=world)
     assert not (bench.run(whole) / REQUEUE).exists() and not (bench.run(whole) / PROCESSES).exists()
     # between the two micro-batches of step 3: after the small all-reduce of that step, so that step 4 is the last
-    assert bench.stopped(engine, name, {"rank": 1, "at": "step", "number": 6, "do": "SIGUSR1"}) == 4
+    assert bench.stopped(engine, name, {"rank": 1, "at": "step", "number": 6, "do": "SIGUSR1"}, micro, world=world) == 4
     # while the data of step 6 is waited for
-    assert bench.stopped(engine, name, {"rank": 0, "at": "data", "number": 6, "do": "SIGTERM"}) == 6
+    assert bench.stopped(engine, name, {"rank": 0, "at": "data", "number": 6, "do": "SIGTERM"}, micro, world=world) == 6
     # in the third batch of the validation after step 8: given up, the step is saved
-    assert bench.stopped(engine, name, {"rank": 1, "at": "validation", "number": 2, "do": "SIGUSR1"}) == 8
+    assert (
+        bench.stopped(engine, name, {"rank": 1, "at": "validation", "number": 2, "do": "SIGUSR1"}, micro, world=world)
+        == 8
+    )
     assert not [row for row in rows(bench.run(name)) if row.get("event") == "validation"]
-    again = launch_to_end(engine, ["--config", str(bench.config), f"name={name}"], bench.folder)
+    again = launch_to_end(engine, ["--config", str(bench.config), f"name={name}", micro], bench.folder, world=world)
     assert "(step 8)" in again.out.read_text()
     assert not (bench.run(name) / REQUEUE).exists()
     same(bench.run(name), bench.run(whole))
@@ -103,9 +107,12 @@ def test_ddp_stopped_in_a_step_for_data_and_in_validation(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
-def test_sharding_engines_stopped_in_a_step_for_data_and_in_validation(bench, engine):
-    stopped_again_and_again(bench, engine)
+@pytest.mark.parametrize(
+    ("engine", "world"),
+    [("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2)],
+)
+def test_sharding_engines_stopped_in_a_step_for_data_and_in_validation(bench, engine, world):
+    stopped_again_and_again(bench, engine, world)
 
 
 def test_one_process_is_stopped_with_75_and_says_who_it_is(bench):

@@ -27,6 +27,7 @@ from scaletransfer.engine.holdings import (
     storage_bytes,
     within,
 )
+from scaletransfer.engine.rounding import LIMIT, ROUNDING, amplification, standardised, worst
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.optim import SGD_AGC
 from scaletransfer.units import flat, local
@@ -160,6 +161,7 @@ def check_built(engine: Engine, optimizer: type[torch.optim.Optimizer]) -> None:
             dtype == engine.master_dtype,
             f"the master weights of {piece.name} are {dtype}, not float32: small updates would be rounded away",
         )
+    _check_rounding(engine)
 
 
 def _check_devices(engine: Engine) -> None:
@@ -209,8 +211,6 @@ def _check_zero(engine: Engine) -> None:
 
 
 def _check_fsdp2(engine: Engine) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
     asked = engine.strategy
     shape = (asked.world,) if asked.engine == "fsdp2" else (asked.replicas, asked.shards)
     place = [asked.rank] if asked.engine == "fsdp2" else [asked.replica, asked.rank % asked.shards]
@@ -225,15 +225,34 @@ def _check_fsdp2(engine: Engine) -> None:
             f"rank {asked.rank} should be {place} in the mesh of {asked.engine} but is {found}: neighbours would not "
             "share a replica",
         )
-    for module in engine.module.modules():
-        if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                policy = group.mp_policy
-                _must(
-                    policy.reduce_dtype == engine.master_dtype,
-                    f"FSDP2 reduces gradients in {policy.reduce_dtype}, not float32",
-                )
+    for policy in _policies(engine.module):
+        _must(
+            policy.reduce_dtype == engine.master_dtype,
+            f"FSDP2 reduces gradients in {policy.reduce_dtype}, not float32",
+        )
+
+
+def _policies(module: nn.Module) -> list[Any]:
+    """The live mixed-precision policy of each FSDP2 unit; none under other engines."""
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
+    return [unit._fsdp_param_group.mp_policy for unit in units if unit._fsdp_param_group is not None]
+
+
+def _check_rounding(engine: Engine) -> None:
+    """Where the network sees weights that are rounded to bf16 already, standardising must not blow the error up."""
+    seen = {policy.param_dtype for policy in _policies(engine.module)} | {p.dtype for p in engine.module.parameters()}
+    if torch.bfloat16 not in seen:
+        return
+    epsilons = standardised(engine.module)
+    name, number, factor = worst(amplification(engine.pieces, epsilons, engine.sum_over_shards, engine.device))
+    _must(
+        factor <= LIMIT,
+        f"{engine.strategy.engine} in bf16 rounds weights before they are standardised, and filter {number} of {name} "
+        f"lies so far from zero ({factor:.3g} times its deviation) that up to {factor * ROUNDING:.0%} of its deviation "
+        "would be rounding errors: use precision fp32, or single or ddp, which standardise in float32",
+    )
 
 
 @dataclass

@@ -213,6 +213,24 @@ def optimizer_before_sharding(patch: Patch) -> None:
     patch(assemble, "make_optimizer", faulty)
 
 
+def far_from_zero(patch: Patch) -> None:
+    """Trap 9: weights are rounded to bf16 before they are standardised, and one filter's mean is 30 deviations."""
+    right = assemble.initial_tensors
+
+    def faulty(skeleton: nn.Module, seed: int) -> Callable[[str], torch.Tensor]:
+        values = right(skeleton, seed)
+
+        def moved(name: str) -> torch.Tensor:
+            found = values(name)
+            if name == "body.block2.unit01.conv2.weight":
+                found[5] += 30 * found[5].std()
+            return found
+
+        return moved
+
+    patch(assemble, "initial_tensors", faulty)
+
+
 def mesh_ignored(patch: Patch) -> None:
     """Hybrid sharding was asked for, but the model is sharded over all ranks."""
     right = accelerate.utils.fsdp2_prepare_model
@@ -279,6 +297,7 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         "no layout": no_layout,
         "sums of one rank": sums_of_one_rank,
         "optimizer before sharding": optimizer_before_sharding,
+        "rounded first": far_from_zero,
         **COMMON,
     },
     "hsdp": {
@@ -288,6 +307,7 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         "half reduction": reduce_in_half,
         "no layout": no_layout,
         "sums of one rank": sums_of_one_rank,
+        "rounded first": far_from_zero,
         **COMMON,
     },
     "zero2": {
@@ -312,6 +332,7 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         ),
         "no gradient": spare_layer,
         "optimizer replaced": deepspeed_swaps_the_optimizer,
+        "rounded first": far_from_zero,
         **COMMON,
     },
     "zero3_offload": {
@@ -323,10 +344,13 @@ TRAPS: dict[str, dict[str, Callable[[Patch], None]]] = {
         "clipping by default": lambda patch: unset_clipping(patch, None),
         "no layout": no_layout,
         "sums of one rank": sums_of_one_rank,
+        "rounded first": far_from_zero,
         **COMMON,
     },
 }
 """By engine, in an order in which the first runs before any process group exists."""
+OPTIONS = {"rounded first": ["precision=bf16"]}
+"""What the run of a trap has beside the options of all."""
 
 
 def spring(engine: str, name: str | None, folder: Path, options: list[str]) -> dict[str, Any]:
@@ -343,7 +367,8 @@ def spring(engine: str, name: str | None, folder: Path, options: list[str]) -> d
         if name is not None:
             TRAPS[engine][name](patch)
         stack.enter_context(contextlib.redirect_stderr(said))
-        status = cli.run_command(pretrain.main, [*options, f"name={(name or 'sound').replace(' ', '_')}"])
+        mine = [*OPTIONS.get(name or "", []), f"name={(name or 'sound').replace(' ', '_')}"]
+        status = cli.run_command(pretrain.main, [*options, *mine])
     run = folder / "runs" / (name or "sound").replace(" ", "_")
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
