@@ -1,143 +1,152 @@
-"""`scaletransfer report FOLDER ... [--csv results.csv] [--out report.png]`: what fine-tuning runs found, side by side.
+"""`scaletransfer report RESULTS ... [--compare paper] [--out DIR]`: what fine-tuning runs found, side by side.
 
-Prints a table per data set and number of training images: each pre-trained model's mean over seeds, and its gain over
-the baseline, paired by seed.
+RESULTS are tables of results (the paper's released CSV files, a sweep's results.csv, means over seeds), run folders, or
+folders that hold some; the word paper is the paper's own table. Prints a table per target and number of training
+images: each model's mean over seeds, and its gain over the baseline, paired by seed. With --out, DIR gets the same as
+one page (index.html), tables (Markdown, CSV, LaTeX) and figures.
 """
 
 from __future__ import annotations
 
-import csv
-import os
+import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from scaletransfer.cli import CommandParser
-from scaletransfer.results import (
-    BASELINE,
-    RESULT,
-    Estimate,
-    Result,
-    Summary,
-    collect,
-    metric_words,
-    shot_words,
-    summarise,
-)
+from scaletransfer.report_curves import curves_of
+from scaletransfer.report_inputs import Inputs, read_inputs
+from scaletransfer.report_page import write_page
+from scaletransfer.report_tables import comparison, interval_notes, tables_of, write_summary, write_tables
+from scaletransfer.result_names import metric_title, title
+from scaletransfer.result_table import write_scores
+from scaletransfer.results import BASELINE, RESULT, Estimate, shot_words
+from scaletransfer.summary import Row, Summary, is_baseline, summarise
 
-__all__ = ["collect", "summarise", "table", "write_csv", "draw", "main"]
+__all__ = ["text", "write_report", "main"]
 
-COLUMNS = ("metric_value", "metric", "path", "seed", "shot", "pretrained_model", "dataset", "last_step")
-# What the published tables call the metrics; both are in percent there, and so in all that we print.
-PUBLISHED = {"accuracy": "test_acc", "mean_auroc": "test_mean_auc"}
+LONG = 60
+"""Rows up to which the command prints them; more stand in the files alone, where there are files."""
 
 
-def table(summary: Summary) -> str:
-    """The summary as plain text, a block per cell."""
-    blocks, base = [], summary.baseline
-    for cell in summary.cells:
-        head = ["model", "seeds", "mean", "95 % interval"]
-        if base is not None:
-            head += [f"gain over {base}", "95 % interval", "pairs"]
-        lines = [head]
-        for row in cell.rows:
-            line = [row.model, str(len(row.score.seeds)), f"{row.score.mean:.2f}", _range(row.score, "")]
-            if row.gain is not None:
-                mark = " *" if row.gain.excludes_zero else ""
-                line += [f"{row.gain.mean:+.2f}", _range(row.gain, "+") + mark, str(len(row.gain.seeds))]
-            elif base is not None:
-                line += ["baseline" if row.model == base else "no pair", "", ""]
-            lines.append(line)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        one = cell.sample
-        left = (0, 3, 5)
-        blocks.append(
-            f"{cell.dataset}, {shot_words(cell.shot)}: {metric_words(one.metric)}; {one.valid_samples} validation "
-            f"images, {one.steps} steps, protocol {one.protocol}\n"
-            + "\n".join(
-                "  "
-                + "  ".join(
-                    text.ljust(width) if index in left else text.rjust(width)
-                    for index, (text, width) in enumerate(zip(line, widths, strict=True))
-                ).rstrip()
-                for line in lines
-            )
-        )
-    notes = "Intervals: Student's t over seeds; one seed has none."
-    if base is not None:
-        notes += f" Gains: percentage points over {base}, paired by seed; * excludes zero (each by itself)."
-    return "\n\n".join([*blocks, notes]) + "\n"
+def text(summary: Summary) -> str:
+    """The main metric of every target as plain text, a block per cell."""
+    blocks, shown = [], []
+    for cells in summary.by_dataset().values():
+        for cell in cells:
+            shown += [row.score for row in cell.rows]
+            lines = [_head(summary), *(_line(summary, row) for row in cell.rows)]
+            block = "\n".join(_aligned(lines))
+            blocks.append(f"{title(cell.dataset)}, {shot_words(cell.shot)}: {metric_title(cell.metric)}\n{block}")
+    notes = interval_notes(shown)
+    if any(row.best for cell in summary.cells for row in cell.rows):
+        notes.append("best: clear of the intervals of all others.")
+    if summary.baseline is not None:
+        base = title(summary.baseline)
+        notes.append(f"Gains: percentage points over {base}, paired by seed; * excludes zero (each by itself).")
+    return "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
+
+
+def _head(summary: Summary) -> list[str]:
+    head = ["model", "seeds", "mean", "95 % interval", ""]
+    return head + (
+        [] if summary.baseline is None else [f"gain over {title(summary.baseline)}", "95 % interval", "pairs"]
+    )
+
+
+def _line(summary: Summary, row: Row) -> list[str]:
+    line = [row.title, str(len(row.score.seeds)), f"{row.score.mean:.2f}", _range(row.score, "")]
+    line.append("best" if row.best else "")
+    if row.gain is not None:
+        mark = " *" if row.gain.excludes_zero else ""
+        line += [f"{row.gain.mean:+.2f}", _range(row.gain, "+") + mark, str(len(row.gain.seeds))]
+    elif summary.baseline is not None:
+        line += ["baseline" if is_baseline(row.entry, summary.baseline) else "no pair", "", ""]
+    return line
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    columns = [column for column in zip(*lines, strict=True) if any(column)]
+    left = {column[0] for column in columns} & {"model", "95 % interval", ""}
+    shown = []
+    for column in columns:
+        width = max(map(len, column))
+        shown.append([word.ljust(width) if column[0] in left else word.rjust(width) for word in column])
+    return ["  " + "  ".join(words).rstrip() for words in zip(*shown, strict=True)]
 
 
 def _range(estimate: Estimate, sign: str) -> str:
     if estimate.interval is None:
         return "none (one seed)"
     low, high = estimate.interval
-    return f"{low:{sign}.2f} to {high:{sign}.2f}"
+    return f"{low:{sign}.2f} to {high:{sign}.2f}" + (" †" if estimate.kind == "bootstrap" else "")
 
 
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    """The published tables' columns: a row per run and metric, values in percent, shots as "5_shot", "full_shot"."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for r in results:
-            shot = "full_shot" if r.shot is None else f"{r.shot}_shot"
-            for name, published in PUBLISHED.items():
-                if isinstance(value := r.metrics.get(name), (int, float)):
-                    shown = round(100 * value, 6)
-                    writer.writerow(
-                        [shown, published, r.folder, r.seed, shot, r.pretrained_model, r.dataset, r.last_step]
-                    )
+def write_report(summary: Summary, inputs: Inputs, folder: Path, named: Sequence[str]) -> list[str]:
+    """Write page, tables and figures into ``folder``; remarks on what could not be.
 
-
-def draw(summary: Summary, path: Path | str) -> None:
-    """Draw the summary, 1600 x 900 pixels for up to three data sets; the name's ending decides the format.
+    named: what was given, for the page's head.
 
     Raises:
-        ValueError: matplotlib is not installed, or writes no such format.
+        ValueError: more than fits into one page.
     """
-    from scaletransfer.report_figure import figure
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = curves_of(inputs.entries)
+    tables = tables_of(summary)
+    sources = sorted({model[2] for model in summary.models if model[2]})
+    notes = []
+    for source in sources:
+        beside = comparison(summary, source)
+        if beside is None:
+            notes.append(f"no model here is in {source} with the same target, metric and number of images")
+        else:
+            tables.append(beside)
+    write_tables(tables, folder / "tables")
+    write_summary(summary, folder / "summary.csv")
+    if inputs.scores:
+        write_scores(inputs.scores, folder / "results.csv")
+    notes += write_page(summary, curves, tables, folder / "index.html", named)
+    try:
+        from scaletransfer.report_figure import write_figures
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure(summary).savefig(path)
+        write_figures(summary, curves, folder / "figures")
+    except ValueError as error:  # the rest needs no matplotlib
+        notes.append(f"no figures/: {error}")
+    return notes
+
+
+def _folder(value: str) -> Path:
+    if Path(value).suffix.lower() in (".png", ".svg", ".pdf", ".html", ".csv", ".md", ".tex"):
+        raise argparse.ArgumentTypeError(f"{value} is a file's name; name a folder: page, tables and figures go there")
+    return Path(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises ValueError for what a person can mend."""
     parser = CommandParser(prog="scaletransfer report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN_OR_FOLDER", help="run folders, or folders that hold some")
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="tables (.csv), run folders, sweeps; or: paper")
+    parser.add_argument("--compare", metavar="paper|TABLE", help="show these results beside: paper, or another table")
     parser.add_argument("--baseline", help=f"model that gains are over (default: {BASELINE}, if there are runs of it)")
-    parser.add_argument("--csv", type=Path, help="write a row per run and metric here, in the published columns")
-    parser.add_argument("--out", type=Path, help="draw curves and scores here, a .png, .svg or .pdf")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help="write index.html, tables/, figures/ and CSVs there")
     options = parser.parse_args(argv)
-    results = collect(options.runs)
+    inputs = read_inputs(options.results, options.compare)
     baseline = options.baseline
-    if baseline is None and any(result.pretrained_model == BASELINE for result in results):
+    if baseline is None and any(is_baseline(entry, BASELINE) for entry in inputs.entries):
         baseline = BASELINE
-    summary = summarise(results, baseline)
+    summary = summarise(inputs.entries, baseline)
+    notes = list(inputs.notes)
+    rows = sum(len(cell.rows) for cell in summary.cells if cell.main)
     if options.out is not None:
-        draw(summary, options.out)
-    if options.csv is not None:
-        write_csv(results, options.csv)
-    print(table(summary), end="")
-    if unfinished := _unfinished(options.runs):
-        print(f"left out, as they have no {RESULT} yet: {', '.join(unfinished)}", file=sys.stderr)
+        notes += write_report(summary, inputs, options.out, options.results)
+    if options.out is None or rows <= LONG:
+        print(text(summary), end="")
+    if options.out is not None:
+        print(f"{rows} means in {options.out}: open index.html; tables/, figures/, summary.csv")
+    if inputs.unfinished:
+        print(f"left out, as they have no {RESULT} yet: {', '.join(inputs.unfinished)}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
-
-
-def _unfinished(paths: Iterable[str]) -> list[str]:
-    """Folders of fine-tuning runs that have chosen their images and not ended."""
-    return sorted(
-        {
-            folder
-            for path in paths
-            for folder, _, names in os.walk(path)
-            if "selection.json" in names and RESULT not in names
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,7 @@
-"""Results of fine-tuning runs: read from their folders, checked, and averaged over seeds.
-
-A cell is one data set with one number of training images per class; models are compared inside a cell only, paired by
-seed, as the same seed draws the same training images. Intervals are Student's t over seeds; each is for one comparison,
-none is corrected for how many there are.
-"""
+"""Results of fine-tuning runs, read from their folders and checked, and the mean over seeds with its interval."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import defaultdict
@@ -63,6 +57,8 @@ class Result:
     train_samples: int
     valid_samples: int
     metrics: dict[str, Any]
+    network: str = ""
+    """The architecture in model/model.json beside the result; "" where that file is not there."""
 
     @property
     def percent(self) -> float:
@@ -72,67 +68,42 @@ class Result:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of the values of some seeds and its t-interval, None from a single seed. Percent, or percentage points."""
+    """Mean over seeds with its interval. Percent, or percentage points.
+
+    ``kind`` says what the interval is of: "seeds" (Student's t over seeds), "bootstrap" (a single seed: its validation
+    set was resampled), "" (a single seed of which nothing more is known: no interval). ``std`` is that of the seeds
+    (n - 1), None from one.
+    """
 
     seeds: tuple[int, ...]
     mean: float
     interval: tuple[float, float] | None
+    kind: str = ""
+    std: float | None = None
+    least: float | None = None
+    most: float | None = None
 
     @classmethod
-    def of(cls, values: dict[int, float]) -> Estimate:
-        """From one value per seed: mean -+ t(n - 1) s / sqrt(n)."""
+    def of(cls, values: dict[int, float], bootstrap: tuple[float, float] | None = None) -> Estimate:
+        """From one value per seed: mean -+ t(n - 1) s / sqrt(n); of one seed, the ``bootstrap`` interval if given."""
         count, mean = len(values), math.fsum(values.values()) / len(values)
+        least, most = min(values.values()), max(values.values())
         if count < 2:
-            return cls(tuple(values), mean, None)
-        from scipy.stats import t  # here, as it takes half a second
-
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values.values()) / (count - 1))
-        half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * spread / math.sqrt(count)
-        return cls(tuple(values), mean, (mean - half, mean + half))
+            return cls(tuple(values), mean, bootstrap, "bootstrap" if bootstrap else "", None, least, most)
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in values.values()) / (count - 1))
+        return cls(tuple(values), mean, t_interval(mean, std, count), "seeds", std, least, most)
 
     @property
     def excludes_zero(self) -> bool:
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A model in a cell; ``gain`` over the baseline is None for the baseline, and where they share no seed."""
+def t_interval(mean: float, std: float, count: int) -> tuple[float, float]:
+    """The interval mean -+ t(n - 1) s / sqrt(n) of ``count`` >= 2 values; ``std``: their deviation s (n - 1)."""
+    from scipy.stats import t  # here, as it takes half a second
 
-    model: str
-    score: Estimate
-    gain: Estimate | None
-    results: tuple[Result, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The runs of one data set with one number of training images per class (None: all); a row per model."""
-
-    dataset: str
-    shot: int | None
-    rows: tuple[Row, ...]
-
-    @property
-    def sample(self) -> Result:
-        """Any of its results, for what they share."""
-        return self.rows[0].results[0]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All cells, by data set and then from few to all images; the models in the order in which they are shown."""
-
-    cells: tuple[Cell, ...]
-    models: tuple[str, ...]
-    baseline: str | None
-
-    def by_dataset(self) -> dict[str, list[Cell]]:
-        """The cells of each data set."""
-        found: dict[str, list[Cell]] = defaultdict(list)
-        for cell in self.cells:
-            found[cell.dataset].append(cell)
-        return found
+    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * std / math.sqrt(count)
+    return mean - half, mean + half
 
 
 def collect(paths: Iterable[Path | str]) -> list[Result]:
@@ -152,7 +123,7 @@ def collect(paths: Iterable[Path | str]) -> list[Result]:
     results = [_read(file) for file in files.values()]
     seen: dict[tuple[Any, ...], Result] = {}
     for result in results:
-        key = (result.dataset, result.shot, result.pretrained_model, result.seed)
+        key = (result.dataset, result.shot, result.pretrained_model, result.network, result.seed)
         if first := seen.get(key):
             raise ValueError(
                 f"{first.folder} and {result.folder} are both {result.pretrained_model} on {result.dataset} with "
@@ -160,6 +131,11 @@ def collect(paths: Iterable[Path | str]) -> list[Result]:
             )
         seen[key] = result
     return results
+
+
+def read_run(folder: Path) -> Result:
+    """The result of one run's folder. ValueError where it is none."""
+    return _read(folder / RESULT)
 
 
 def _read(path: Path) -> Result:
@@ -179,39 +155,26 @@ def _read(path: Path) -> Result:
     value = content["metrics"].get(metric)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{path} has no value for its metric {metric!r}: leave this run out")
-    return Result(folder=path.parent, **{name: content[name] for name in FIELDS})
+    return Result(folder=path.parent, network=_network(path.parent), **{name: content[name] for name in FIELDS})
 
 
-def summarise(results: Sequence[Result], baseline: str | None = BASELINE) -> Summary:
-    """Means over seeds, and gains over ``baseline`` (a model's name; None: no gains) paired by seed.
+def _network(folder: Path) -> str:
+    path = folder / "model" / "model.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, or fine-tune again") from error
+    name = content.get("model") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else ""
 
-    Raises:
-        ValueError: results that cannot be compared, or no result of the baseline.
-    """
-    models = sorted({result.pretrained_model for result in results})
-    if baseline is not None and baseline not in models:
-        close = difflib.get_close_matches(baseline, models, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"there is no run of the baseline {baseline!r}{hint}: there are {', '.join(models)}")
-    models.sort(key=lambda name: name != baseline)
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """ValueError where results that would be averaged or compared were not made alike."""
     _check_equal(results, OF_DATASET, lambda r: (r.dataset,))
     _check_equal(results, OF_CELL, lambda r: (r.dataset, r.shot))
-    _check_equal(results, OF_MODEL, lambda r: (r.dataset, r.shot, r.pretrained_model))
-    grid: dict[tuple[str, int | None], dict[str, dict[int, Result]]] = {}
-    for result in sorted(results, key=lambda r: (r.dataset, shot_order(r.shot), r.seed)):
-        cell = grid.setdefault((result.dataset, result.shot), {})
-        cell.setdefault(result.pretrained_model, {})[result.seed] = result
-    cells = []
-    for (dataset, shot), runs in grid.items():
-        base = runs.get(baseline, {}) if baseline is not None else {}
-        rows = []
-        for model in (name for name in models if name in runs):
-            own = runs[model]
-            gains = {} if model == baseline else {s: own[s].percent - base[s].percent for s in own if s in base}
-            score = Estimate.of({seed: result.percent for seed, result in own.items()})
-            rows.append(Row(model, score, Estimate.of(gains) if gains else None, tuple(own.values())))
-        cells.append(Cell(dataset, shot, tuple(rows)))
-    return Summary(tuple(cells), tuple(models), baseline)
+    _check_equal(results, OF_MODEL, lambda r: (r.dataset, r.shot, r.pretrained_model, r.network))
 
 
 def _check_equal(results: Sequence[Result], fields: Sequence[str], group: Callable[[Result], tuple[Any, ...]]) -> None:
@@ -238,8 +201,3 @@ def shot_order(shot: int | None) -> float:
 def shot_words(shot: int | None) -> str:
     """A number of training images in words."""
     return "all training images" if shot is None else f"{shot} image{'s' * (shot != 1)} per class"
-
-
-def metric_words(metric: str) -> str:
-    """A metric's name as a label, with its unit."""
-    return f"{metric.replace('_', ' ').replace('auroc', 'AUROC')} (%)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,14 @@ def write_runs(base: Path, scores: dict[str, list[float]], **changes: Any) -> Pa
             name = f"{changes.get('dataset', 'xray5')}-{changes.get('shot', 5)}-{model}-{seed}"
             write_run(base / name, score, pretrained_model=model, seed=seed, **changes)
     return base
+
+
+def write_table(path: Path, rows: Sequence[Sequence[object]], *, times: int = 1) -> Path:
+    """A table in the published columns; a row is value, metric, seed, shot, model, data set, and, if not 500, steps."""
+    lines = ["metric_value,metric,path,seed,shot,pretrained_model,dataset,last_step"]
+    for value, metric, seed, shot, model, dataset, *steps in rows:
+        folder = f"finetuning_results/{dataset}/{model}/{shot}/seed_{seed}"
+        lines += times * [f"{value},{metric},{folder},{seed},{shot},{model},{dataset},{(steps or [500])[0]}"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from scaletransfer.results import Estimate, collect, metric_words, shot_words, summarise
+from scaletransfer.results import Estimate, check_comparable, collect, shot_words
 
 VALUES = st.floats(0, 100)
 
@@ -94,37 +94,22 @@ def test_collect_refuses_the_same_seed_twice(tmp_path: Path) -> None:
         ({"task": "multilabel"}, "task multiclass and multilabel"),
     ],
 )
-def test_summarise_refuses_what_cannot_be_compared(tmp_path: Path, changes: dict, message: str) -> None:
+def test_what_was_not_made_alike_is_not_compared(tmp_path: Path, changes: dict, message: str) -> None:
     write_run(tmp_path / "a", 0.5)
     write_run(tmp_path / "b", 0.5, pretrained_model="zero2", **changes)
     results = collect([tmp_path])
     with pytest.raises(ValueError, match=message) as caught:
-        summarise(results)
+        check_comparable(results)
     assert "leave one of them out" in str(caught.value)
 
 
 def test_seeds_of_one_model_share_the_learning_rate_and_models_need_not(tmp_path: Path) -> None:
     write_run(tmp_path / "a", 0.5)
     write_run(tmp_path / "b", 0.5, pretrained_model="zero2", peak_lr=0.01)
-    assert len(summarise(collect([tmp_path])).cells) == 1
+    check_comparable(collect([tmp_path]))
     write_run(tmp_path / "c", 0.5, pretrained_model="zero2", seed=1)
     with pytest.raises(ValueError, match=r"peak_lr 0\.01 and 0\.001"):
-        summarise(collect([tmp_path]))
-
-
-def test_cells_may_differ_in_steps_and_stand_in_order(tmp_path: Path) -> None:
-    for shot, steps in ((None, 10_000), (10, 500), (2, 500)):
-        write_runs(tmp_path, {"zero2": [0.5], "scratch": [0.4]}, shot=shot, steps=steps, last_step=steps)
-    write_runs(tmp_path, {"scratch": [0.4]}, dataset="cifar10", metric="mean_auroc")
-    summary = summarise(collect([tmp_path]))
-    assert [(c.dataset, c.shot) for c in summary.cells] == [
-        ("cifar10", 5),
-        ("xray5", 2),
-        ("xray5", 10),
-        ("xray5", None),
-    ]
-    assert summary.models == ("scratch", "zero2") and [r.model for r in summary.cells[1].rows] == ["scratch", "zero2"]
-    assert list(summary.by_dataset()) == ["cifar10", "xray5"]
+        check_comparable(collect([tmp_path]))
 
 
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=2, max_size=8))
@@ -142,30 +127,24 @@ def test_intervals_equal_those_of_scipy(pairs: list[tuple[float, float]]) -> Non
         assert paired.excludes_zero == (stats.ttest_rel(b, a).pvalue < 0.05)
 
 
-def test_gains_are_over_the_seeds_that_both_have(tmp_path: Path) -> None:
-    for seed, score in {0: 0.1, 1: 0.2, 2: 0.4}.items():
-        write_run(tmp_path / f"s{seed}", score, seed=seed)
-    for seed, score in {1: 0.5, 2: 0.6, 7: 0.99}.items():
-        write_run(tmp_path / f"z{seed}", score, seed=seed, pretrained_model="zero2")
-    write_run(tmp_path / "other", 0.3, seed=9, pretrained_model="other")
-    (cell,) = summarise(collect([tmp_path])).cells
-    base, other, row = cell.rows
-    assert (base.model, other.model, row.model) == ("scratch", "other", "zero2")
-    assert row.gain is not None and row.gain.seeds == (1, 2) and row.score.seeds == (1, 2, 7)
-    assert row.gain.mean == pytest.approx((30 + 20) / 2)
-    assert base.gain is None and other.gain is None
-    assert other.score.interval is None and not other.score.excludes_zero
+def test_a_single_seed_has_its_bootstrap_interval_and_more_have_the_scatter_of_the_seeds() -> None:
+    one = Estimate.of({3: 50.0}, (41.0, 60.0))
+    assert (one.interval, one.kind, one.std, one.least) == ((41.0, 60.0), "bootstrap", None, 50.0)
+    assert (Estimate.of({3: 50.0}).interval, Estimate.of({3: 50.0}).kind) == (None, "")
+    two = Estimate.of({0: 50.0, 1: 52.0}, (41.0, 60.0))
+    assert two.kind == "seeds" and two.std == pytest.approx(2**0.5) and (two.least, two.most) == (50.0, 52.0)
 
 
-def test_the_baseline_must_be_there(tmp_path: Path) -> None:
-    write_runs(tmp_path, {"imagenet1k": [0.5], "zero2": [0.6]})
-    results = collect([tmp_path])
-    with pytest.raises(ValueError, match=r"'imagenet' \(did you mean imagenet1k\?\): there are imagenet1k, zero2"):
-        summarise(results, "imagenet")
-    assert summarise(results, "zero2").models == ("zero2", "imagenet1k")
-    assert all(row.gain is None for row in summarise(results, None).cells[0].rows)
+def test_the_network_is_that_of_the_model_beside_the_result(tmp_path: Path) -> None:
+    (write_run(tmp_path / "a", 0.5) / "model").mkdir()
+    (tmp_path / "a" / "model" / "model.json").write_text('{"model": "BiT-S-R50x1"}')
+    (write_run(tmp_path / "b", 0.5) / "model").mkdir()
+    (tmp_path / "b" / "model" / "model.json").write_text('{"model": "BiT-S-R152x4"}')
+    assert [result.network for result in collect([tmp_path])] == ["BiT-S-R50x1", "BiT-S-R152x4"]  # not one run twice
+    (tmp_path / "b" / "model" / "model.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.json is not JSON"):
+        collect([tmp_path])
 
 
 def test_words() -> None:
     assert [shot_words(s) for s in (1, 5, None)] == ["1 image per class", "5 images per class", "all training images"]
-    assert [metric_words(m) for m in ("accuracy", "mean_auroc")] == ["accuracy (%)", "mean AUROC (%)"]

@@ -147,7 +147,7 @@ def main() -> int:
         print("error: the networks should reach a mean AUC above 0.65 and see the same samples", file=sys.stderr)
         return 1
     wrong = second_half(Path(data))
-    say("done; look at runs/demo/report.png, and at curves with: .venv/bin/tensorboard --logdir runs/demo")
+    say("done; look at runs/demo/report/index.html, and at curves with: .venv/bin/tensorboard --logdir runs/demo")
     for sentence in wrong:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if wrong else 0
@@ -175,16 +175,8 @@ def second_half(data: Path) -> list[str]:
         demo_transfer.Task(here / demo_transfer.DIGITS, {good: (5,), "": (5,)}, RATES[:2]),
     ]
     demo_transfer.transfer(here, tasks, good)
-    say("the table and the figure")
-    run(
-        "scaletransfer",
-        "report",
-        "runs/demo/transfer",
-        "--out",
-        "runs/demo/report.png",
-        "--csv",
-        "runs/demo/results.csv",
-    )
+    say("tables, figures and a page")
+    run("scaletransfer", "report", "runs/demo/transfer", "--out", "runs/demo/report")
     return demo_transfer.verdict(here, Path(good).name, SHOT)
 
 

@@ -146,15 +146,16 @@ def transfer(demo: Path, tasks: Sequence[Task], network: str, workers: int = 2) 
 
 def verdict(demo: Path, pretrained: str, shot: int) -> list[str]:
     """What the demo promises and did not keep, in sentences; empty when all is well."""
-    from scaletransfer.results import collect, summarise
+    from scaletransfer.report_inputs import read_inputs
+    from scaletransfer.summary import summarise
 
-    results = [r for r in collect([demo / "transfer"]) if r.dataset == XRAY and r.shot == shot]
+    cells = summarise(read_inputs([demo / "transfer"]).entries, "scratch").by_dataset()[XRAY]
     wrong = []
-    (cell,) = summarise(results, "scratch").cells
-    gain = next(row.gain for row in cell.rows if row.model == pretrained)
+    (cell,) = (cell for cell in cells if cell.shot == shot)
+    gain = next(row.gain for row in cell.rows if row.entry.pretraining == pretrained)
     if gain is None or not (gain.excludes_zero and gain.mean > 0):
         wrong.append(f"on {XRAY} with {shot} examples a class the paired interval of the gain must lie above zero")
-    scores = {row.model: row.score.mean for row in cell.rows}
+    scores = {row.entry.pretraining: row.score.mean for row in cell.rows}
     if scores["shuffled"] >= scores[pretrained]:
         wrong.append("pre-training on shuffled labels must not be better than pre-training on the real ones")
     return wrong
