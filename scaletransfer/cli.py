@@ -56,7 +56,9 @@ COMMANDS = {
     "evaluate": Command(
         "scaletransfer.evaluate:main", "score a model on labelled images, with intervals and predictions"
     ),
-    "report": Command("scaletransfer.report:main", "tables and a figure of many fine-tuning runs"),
+    "report": Command(
+        "scaletransfer.report:main", "tables, figures and one page of many fine-tuning runs, beside the paper's"
+    ),
     "export": Command("scaletransfer.export:main", "write a run's network as model.safetensors and model.json"),
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from scaletransfer.cli import CommandParser
 from scaletransfer.report_curves import curves_of
 from scaletransfer.report_inputs import Inputs, read_inputs
-from scaletransfer.report_page import write_page
+from scaletransfer.report_page import MARK, write_page
 from scaletransfer.report_tables import comparison, interval_notes, tables_of, write_summary, write_tables
 from scaletransfer.result_names import metric_title, title
 from scaletransfer.result_table import write_scores
@@ -44,7 +44,9 @@ def text(summary: Summary) -> str:
     if summary.baseline is not None:
         base = title(summary.baseline)
         notes.append(f"Gains: percentage points over {base}, paired by seed; * excludes zero (each by itself).")
-    return "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
+    shown_text = "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
+    # a name from a table may hold what a terminal would obey
+    return "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in shown_text)
 
 
 def _head(summary: Summary) -> list[str]:
@@ -90,7 +92,11 @@ def write_report(summary: Summary, inputs: Inputs, folder: Path, named: Sequence
     Raises:
         ValueError: more than fits into one page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / name for name in ("results.csv", "summary.csv")]
+    for table in inputs.tables:
+        if table.resolve() in [path.resolve() for path in written]:
+            raise ValueError(f"--out {folder} would overwrite {table}, which this report is of: name another folder")
+    _clear(folder)
     curves = curves_of(inputs.entries)
     tables = tables_of(summary)
     sources = sorted({model[2] for model in summary.models if model[2]})
@@ -105,7 +111,7 @@ def write_report(summary: Summary, inputs: Inputs, folder: Path, named: Sequence
     write_summary(summary, folder / "summary.csv")
     if inputs.scores:
         write_scores(inputs.scores, folder / "results.csv")
-    notes += write_page(summary, curves, tables, folder / "index.html", named)
+    notes += write_page(summary, curves, tables, folder / "index.html", named, len(inputs.unfinished))
     try:
         from scaletransfer.report_figure import write_figures
 
@@ -113,6 +119,19 @@ def write_report(summary: Summary, inputs: Inputs, folder: Path, named: Sequence
     except ValueError as error:  # the rest needs no matplotlib
         notes.append(f"no figures/: {error}")
     return notes
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder; what an earlier report left in it, of targets that are no longer there perhaps, goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "index.html"
+    if not page.is_file() or MARK not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+        return
+    for name, endings in (("tables", (".csv", ".tex", ".md")), ("figures", (".png", ".pdf"))):
+        for path in (folder / name).glob("*"):
+            if path.suffix in endings:
+                path.unlink()
+    (folder / "results.csv").unlink(missing_ok=True)
 
 
 def _folder(value: str) -> Path:
@@ -143,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is not None:
         print(f"{rows} means in {options.out}: open index.html; tables/, figures/, summary.csv")
     if inputs.unfinished:
-        print(f"left out, as they have no {RESULT} yet: {', '.join(inputs.unfinished)}", file=sys.stderr)
+        print(f"left out, as they have no {RESULT} (yet): {', '.join(inputs.unfinished)}", file=sys.stderr)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def curves_of(entries: Sequence[Entry]) -> list[Curve]:
     for entry in entries:
         if not entry.main or entry.source:
             continue
-        runs = [read_run_curves(Path(path)) for path in entry.paths if path and Path(path).is_dir()]
+        runs = [read_run_curves(Path(path)) for path in entry.paths if path and os.path.isdir(path)]
         for metric in (entry.metric, LOSS):
             curves = [run[metric] for run in runs if run.get(metric)]
             steps = _thinned(sorted(set.intersection(*map(set, curves)))) if curves else []

@@ -24,6 +24,7 @@ class Inputs:
     scores: list[Score]
     notes: list[str]
     unfinished: list[str]
+    tables: list[Path]
 
 
 def read_inputs(paths: Iterable[str | Path], compare: str | None = None) -> Inputs:
@@ -37,6 +38,7 @@ def read_inputs(paths: Iterable[str | Path], compare: str | None = None) -> Inpu
     scores, entries, notes, unfinished = [], [], [], []
     folders: list[Path] = []
     listed: set[Path] = set()
+    read: list[Path] = []
     for given in dict.fromkeys(map(str, paths)):
         path = _packaged(given)
         if path.is_dir():
@@ -48,6 +50,7 @@ def read_inputs(paths: Iterable[str | Path], compare: str | None = None) -> Inpu
             folders += [] if tables else [path]
         else:
             raise ValueError(f"{path} does not exist: give a table of results (.csv), run folders, or a sweep's folder")
+        read += tables
         for table in tables:
             found, means, remarks = read_table(table)
             scores += _with_folders(found, table, listed)
@@ -72,7 +75,7 @@ def read_inputs(paths: Iterable[str | Path], compare: str | None = None) -> Inpu
             theirs = ", ".join(sorted({entry.dataset for entry in others}))
             notes.append(f"no target here is in {source} as well, whose targets are called {theirs}")
         entries += shared
-    return Inputs(with_main(entries), scores, notes + remarks, sorted(set(unfinished)))
+    return Inputs(with_main(entries), scores, notes + remarks, sorted(set(unfinished)), read)
 
 
 def _packaged(given: str) -> Path:
@@ -113,14 +116,18 @@ def _with_folders(scores: Sequence[Score], table: Path, listed: set[Path]) -> li
 
 
 def _folder_of(path: str, table: Path) -> Path | None:
-    """The run folder that a table names: from here, or, as a sweep's folder may have moved, from the table's."""
+    """The run folder that a table names: from the table's folder or from here; a sweep's folder may have moved."""
     parts = Path(path).parts
     if not path or "\0" in path:
         return None
-    tails = [table.parent.joinpath(*parts[start:]) for start in range(len(parts))]
-    return next((f for f in (Path(path), *tails) if (f / RESULT).is_file()), None)
+    whole, *tails = (table.parent.joinpath(*parts[start:]) for start in range(len(parts)))
+    try:
+        return next((f for f in (whole, Path(path), *tails) if (f / RESULT).is_file()), None)
+    except OSError:  # no name that a file system takes
+        return None
 
 
 def _unfinished(path: Path) -> list[str]:
-    """Folders of fine-tuning runs that have chosen their images and not ended."""
-    return [folder for folder, _, names in os.walk(path) if "selection.json" in names and RESULT not in names]
+    """Folders of fine-tuning runs that have chosen their images, or failed in a sweep, and have no result."""
+    begun = {"selection.json", "failure.json"}
+    return [folder for folder, _, names in os.walk(path) if RESULT not in names and begun & set(names)]

@@ -30,40 +30,54 @@ PAGE = Path(__file__).with_name("page")
 LIMIT = 1_950_000
 """Bytes that the page may weigh: what mail and wikis take, below 2 MB."""
 LONG = 40
+MARK = '<meta name="generator" content="scaletransfer report">'
 
 
 def write_page(
-    summary: Summary, curves: Sequence[Curve], tables: Sequence[Table], path: Path, named: Sequence[str]
+    summary: Summary,
+    curves: Sequence[Curve],
+    tables: Sequence[Table],
+    path: Path,
+    named: Sequence[str],
+    unfinished: int = 0,
 ) -> list[str]:
-    """Write the page; what had to be left out of it, in sentences. ``named``: what the report was asked for.
+    """Write the page; what had to be left out of it, in sentences.
+
+    named: what the report was asked for. unfinished: how many runs have no result, which the page's head says.
 
     Raises:
         ValueError: it would be too large even with the main metrics alone.
     """
     notes: list[str] = []
-    page = render(summary, curves, tables, named)
+    page = render(summary, curves, tables, named, unfinished)
     main = Summary(tuple(cell for cell in summary.cells if cell.main), summary.models, summary.baseline)
     if len(page) > LIMIT:
         notes.append(f"the page would weigh {len(page) / 1e6:.1f} MB: it has no learning curves (figures/ has them)")
-        page = render(summary, (), tables, named)
+        page = render(summary, (), tables, named, unfinished)
     if len(page) > LIMIT:
         notes.append("nor any but the main metric of each target (summary.csv and tables/ have all)")
         kept = {cell.dataset for cell in main.cells} | {"full_shot", "comparison"}
-        page = render(main, (), [table for table in tables if table.name in kept], named)
+        page = render(main, (), [table for table in tables if table.name in kept], named, unfinished)
     if len(page) > LIMIT:
         raise ValueError(f"the page would weigh {len(page) / 1e6:.1f} MB, more than 2: report fewer results at once")
     path.write_bytes(page)
     return notes
 
 
-def render(summary: Summary, curves: Sequence[Curve], tables: Sequence[Table], named: Sequence[str]) -> bytes:
+def render(
+    summary: Summary, curves: Sequence[Curve], tables: Sequence[Table], named: Sequence[str], unfinished: int = 0
+) -> bytes:
     """The page, in UTF-8."""
     style = (PAGE / "style.css").read_text(encoding="utf-8")
     script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js"))
+    named = [Path(name).name or name for name in named]  # a page is passed on: no folders of the machine it is from
     own = [row for cell in summary.cells if cell.main for row in cell.rows if not row.entry.source]
     runs, models = sum(len(row.score.seeds) for row in own), len({row.model for row in own})
-    head = f"{', '.join(named)}: {runs} runs, {models} models, {len({row.entry.dataset for row in own})} targets"
+    counts = {"run": runs, "model": models, "target": len({row.entry.dataset for row in own})}
+    head = f"{', '.join(named)}: " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items())
+    head += f"; {unfinished} more have no result (yet)" if unfinished else ""
     parts = {
+        "mark": MARK,
         "title": html.escape(f"Transfer results: {', '.join(named)}"),
         "from": html.escape(head),
         "style": style,

@@ -79,7 +79,8 @@ def read_table(path: Path) -> tuple[list[Score], list[Entry], list[str]]:
         scores, notes = _read_scores(path, rows)
         return scores, [], notes
     if set(MEANS) <= set(header):
-        return [], [_mean(row) for row in rows], []
+        means = [_mean(row) for row in rows]
+        return [], means, _doubtful(path, means)
     wanted, kind = (MEANS, "means over seeds") if {"mean", "n_seeds"} & set(header) else (COLUMNS, "results of runs")
     absent = [name for name in wanted if name not in header]
     raise ValueError(
@@ -180,6 +181,9 @@ def _are_shares(named: str, members: Sequence[tuple[Score, _Row]]) -> bool:
 def _mean(row: _Row) -> Entry:
     count = row.integer("n_seeds", 1)
     mean, std = row.number("mean"), row.number("std_ddof1") if count > 1 else None
+    metric = canonical_metric(row.text("metric"))
+    if not lower_is_better(metric) and not 0 <= mean <= 100:
+        raise row.refuse("mean", f"{mean:g} is no percentage, as means of {metric} are")
     if std is not None and std < 0:
         raise row.refuse("std_ddof1", f"{std:g} is below 0")
     seeds = row.integers("seeds")
@@ -194,7 +198,7 @@ def _mean(row: _Row) -> Entry:
         raise row.refuse("primary", f"{primary!r} is neither True nor False")
     return Entry(
         dataset=row.text("dataset"),
-        metric=canonical_metric(row.text("metric")),
+        metric=metric,
         pretraining=row.text("pretraining"),
         network=row.cells["model"].strip(),
         shot=row.shot(),
@@ -204,6 +208,19 @@ def _mean(row: _Row) -> Entry:
         main=primary == "True" if primary else None,
         source=row.cells.get("source", "").strip(),
     )
+
+
+def _doubtful(path: Path, means: Sequence[Entry]) -> list[str]:
+    """A note on each metric whose means, which are percent, look like shares of one."""
+    highest: dict[str, float] = {}
+    for entry in means:
+        if not lower_is_better(entry.metric):
+            highest[entry.metric] = max(highest.get(entry.metric, 0.0), entry.estimate.mean)
+    return [
+        f"{path}: means are percent, and none of {metric} is above 1; multiply them by 100 if they are shares of one"
+        for metric, value in highest.items()
+        if 0 < value <= 1
+    ]
 
 
 def write_scores(scores: Sequence[Score], path: Path) -> None:

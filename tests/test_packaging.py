@@ -69,6 +69,8 @@ def test_the_wheel_holds_configs_launch_files_and_types(wheel):
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     assert modules <= set(names)
     assert "scaletransfer/py.typed" in names
+    page = {f"scaletransfer/page/{name}" for name in ("index.html", "style.css", "charts.js", "page.js")}
+    assert {"scaletransfer/paper_results.csv", *page} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools"))]
 
 

@@ -180,15 +180,44 @@ def test_without_matplotlib_there_is_all_but_the_figures(runs: Path, tmp_path: P
     assert (tmp_path / "out" / "index.html").exists()
 
 
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write_table(tmp_path / "t.csv", [(0.5, "test/acc", 0, "5_shot", "a\x1b[2Jb", "d\x07")]))]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("d?, 5 images per class") and "a?[2Jb" in out and "\x1b" not in out
+
+
 def test_unfinished_runs_are_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "going-on").mkdir()
     (runs / "going-on" / "selection.json").write_text("{}")
+    (runs / "failed").mkdir()
+    (runs / "failed" / "failure.json").write_text("{}")
     (runs / "pre-training").mkdir()
     (runs / "pre-training" / "metrics.jsonl").write_text("")
     assert main([str(runs)]) == 0
     shown = capsys.readouterr()
     assert shown.out == BY_HAND
-    assert shown.err == f"left out, as they have no result.json yet: {runs / 'going-on'}\n"
+    assert shown.err == f"left out, as they have no result.json (yet): {runs / 'failed'}, {runs / 'going-on'}\n"
+
+
+def test_another_report_leaves_nothing_of_the_one_before(runs: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("scaletransfer.report_figure.write_figures", lambda *_: [])
+    out = tmp_path / "out"
+    (out / "tables").mkdir(parents=True)
+    (out / "tables" / "mine.csv").write_text("kept as long as no report of ours stands there")
+    assert main([str(runs), "--out", str(out)]) == 0
+    assert (out / "tables" / "mine.csv").exists() and (out / "tables" / "xray5.csv").exists()
+    (out / "mine.txt").write_text("kept")
+    assert main(["paper", "--out", str(out)]) == 0
+    assert not (out / "tables" / "xray5.csv").exists() and not (out / "results.csv").exists()
+    assert (out / "tables" / "pets.csv").exists() and (out / "mine.txt").exists()
+
+
+def test_a_report_never_overwrites_what_it_reads(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(runs / "results.csv", [(0.5, "test/acc", 0, "5_shot", "other", "xray5")])
+    before = table.read_bytes()
+    assert run_command(main, [str(runs), "--out", str(runs)]) == 2
+    assert f"--out {runs} would overwrite {table}, which this report is of" in capsys.readouterr().err
+    assert table.read_bytes() == before and not (runs / "index.html").exists()
 
 
 @pytest.mark.parametrize(

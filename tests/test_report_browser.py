@@ -15,6 +15,7 @@ from PIL import Image
 from scaletransfer.report import main
 
 pytestmark = needs_chromium
+ATTACK = "<script>document.title='pwned'</script>"
 MARKS = "[...document.querySelectorAll('#{chart} .mark')].map(m => [Number(m.dataset.mean), m.dataset.says])"
 # of every text in the charts, the space that it takes, and that of the chart
 BOXES = """[...document.querySelectorAll('.chart svg')].flatMap(svg => [...svg.querySelectorAll('text')].map(t => {
@@ -27,7 +28,9 @@ CONTRAST = """(() => {
     const [r, g, b] = getComputedStyle(probe).color.match(/[0-9.]+/g).map(v => v / 255)
       .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05); };
   const found = [['ink', 'back'], ['soft', 'back'], ['soft', 'surface'], ['accent', 'back'],
     ...Array.from({length: 10}, (_, n) => [`c${n}`, 'back'])].map(([a, b]) => [a, ratio(a, b)]);
   probe.remove();
@@ -50,7 +53,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two data sets, three models (one of them called like an attack), curves, and one seed alone with all images."""
     base = tmp_path_factory.mktemp("sweep")
     for dataset in ("digits", "tuberculosis_full"):
-        for place, model in enumerate(("scratch", "chexpert_bit50x1", "<script>document.title='pwned'</script>")):
+        for place, model in enumerate(("scratch", "chexpert_bit50x1", ATTACK + "long" * 30)):
             for shot in (1, 5, None):
                 for seed in range(3 if shot else 1):
                     score = 0.4 + 0.1 * place + 0.01 * seed
@@ -149,8 +152,8 @@ def test_filters_change_charts_and_table(tab: Browser, paper: Path) -> None:
 def test_values_are_told_to_pointer_and_keyboard(tab: Browser, paper: Path) -> None:
     load(tab, paper)
     x, y = tab.js(
-        "(() => { const r = document.querySelector('#few .mark').getBoundingClientRect(); "
-        "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        "(() => { const m = document.querySelector('#few .mark'); m.scrollIntoView({block: 'center'}); "
+        "const r = m.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
     )
     tab.move(x, y)
     assert tab.js("document.getElementById('tip').hidden") is False
@@ -223,7 +226,7 @@ def test_the_switch_overrules_the_system(tab: Browser, paper: Path) -> None:
 def test_names_do_not_run_and_one_seed_says_what_its_interval_is(tab: Browser, sweep: Path) -> None:
     load(tab, sweep)
     assert tab.js("document.title").startswith("Transfer results") and not tab.errors
-    assert "<script>document.title='pwned'</script>" in tab.js("document.querySelector('#pretrainings').textContent")
+    assert ATTACK + "longlong" in tab.js("document.querySelector('#pretrainings').textContent")
     says = [text for _, text in tab.js(MARKS.format(chart="few")) if "all training images" in text]
     assert len(says) == 3 and all("95 % bootstrap of one seed's validation set" in text for text in says)
     tab.choose("#shot", 5)

@@ -28,6 +28,18 @@ def test_events_of_a_run_that_was_resumed_count_once(tmp_path: Path) -> None:
     assert "speed/images_per_second" not in curves
 
 
+def test_events_that_a_kill_cut_short_are_read_as_far_as_they_go(tmp_path: Path, capfd) -> None:
+    folder = write_run(tmp_path / "run", 0.5)
+    log_of(folder, {step: {"test/acc": 0.5} for step in (10, 20, 30)})
+    (path,) = folder.glob("events.*")
+    capfd.readouterr()  # the run's progress bar
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read_run_curves(folder)["accuracy"] == {10: 50.0, 20: 50.0}
+    path.write_bytes(b"no events at all")
+    assert read_run_curves(folder) == {}
+    assert capfd.readouterr().err == ""
+
+
 def test_without_events_there_are_the_rows(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 0.5, curve={0: 0.2, 100: 0.5})
     path = folder / "metrics.jsonl"

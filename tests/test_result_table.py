@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers_report import write_run, write_table
 
+from scaletransfer.report_curves import curves_of
 from scaletransfer.report_inputs import read_inputs
 from scaletransfer.result_names import (
     canonical_metric,
@@ -133,6 +134,7 @@ MEANS = b"dataset,metric,primary,model,pretraining,shot,n_seeds,mean,std_ddof1,s
         (MEANS + b"d,test_acc,True,n,p,5_shot,0,50,1,0\n", "line 2, column n_seeds: '0' is not a whole number"),
         (MEANS + b"d,test_acc,True,n,p,5_shot,2,50,-1,0 1\n", "line 2, column std_ddof1: -1 is below 0"),
         (MEANS + b"d,test_acc,True,n,p,5_shot,3,50,1,0 1\n", "line 2, column seeds: there are 2, but n_seeds is 3"),
+        (MEANS + b"d,test_acc,True,n,p,5_shot,2,150,1,0 1\n", "line 2, column mean: 150 is no percentage"),
         (MEANS + b"d,test_acc,yes,n,p,5_shot,2,50,1,0 1\n", "line 2, column primary: 'yes' is neither"),
         (HEAD, "holds no result"),
     ],
@@ -143,6 +145,18 @@ def test_bad_tables_are_refused_with_file_line_and_column(tmp_path: Path, conten
     with pytest.raises(ValueError) as caught:
         read_inputs([path])
     assert str(caught.value).startswith(str(path)) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_means_that_look_like_shares_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(MEANS + b"d,test_acc,True,n,p,5_shot,2,.5,.1,0 1\n")
+    assert "means are percent, and none of accuracy is above 1" in read_inputs([path]).notes[0]
+
+
+def test_a_path_that_no_file_system_takes_is_no_folder(tmp_path: Path) -> None:
+    rows = [(0.5, "test/acc", 0, "5_shot", "m" * 300, "d")]
+    (one,) = read_inputs([write_table(tmp_path / "t.csv", rows)]).entries
+    assert curves_of([one]) == [] and one.pretraining == "m" * 300
 
 
 def test_rows_know_what_their_run_folders_know(tmp_path: Path) -> None:

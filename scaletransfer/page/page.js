@@ -4,6 +4,8 @@ const [T, M, S, P, N, FROM, MEAN, LOW, HIGH, KIND, SEEDS, BEST, STEPS] = Array(1
 const KINDS = { seeds: "95 % t-interval over seeds", bootstrap: "95 % bootstrap of one seed's validation set", "": "no interval: one seed" };
 const hidden = { p: new Set(), n: new Set(), s: new Set() };
 const state = { target: 0, metric: 0, shot: 0, curve: "" };
+// a name that would run out of the chart; its whole stands in the tip and in the table
+const shortened = (text, most) => text.length > most ? `${text.slice(0, Math.floor(most) - 1)}…` : text;
 const shotText = shot => shot === 0 ? "all" : String(shot);
 const shotWords = shot => shot === 0 ? "all training images" : `${shot} training image${shot === 1 ? "" : "s"} per class`;
 const byShot = (a, b) => (a || Infinity) - (b || Infinity);
@@ -77,7 +79,7 @@ function drawLyingBars(box, width, rows, models) {
   chart.add("text", { class: "soft", x: 2, y: 13 }, `${metricTitle()}, ${shotWords(state.shot)}`);
   mine.forEach(([model, row], place) => {
     const y = 28 + place * step;
-    chart.add("text", { x: left, y: y + 8 }, modelTitle(model));
+    chart.add("text", { x: left, y: y + 8 }, shortened(modelTitle(model), width / 7.4));
     const node = bar(chart, look(model), left, y + 13, x(row[MEAN]) - left, 12);
     if (row[LOW] !== null) chart.add("path", { class: "whisker", d: `M${x(row[LOW])},${y + 15}V${y + 23}M${x(row[LOW])},${y + 19}H${x(row[HIGH])}M${x(row[HIGH])},${y + 15}V${y + 23}` });
     chart.add("text", { x: right + 8, y: y + 24 }, number(row[MEAN]) + (row[BEST] ? " ★" : ""));
