@@ -57,6 +57,18 @@ def test_the_released_form_gives_the_published_mean(tmp_path: Path) -> None:
     )
 
 
+def test_released_values_of_four_seeds_give_the_published_mean(tmp_path: Path) -> None:
+    # finetuning_results_pets_test_acc.csv of the released results has these for imagenet1k_bit50x1, full_shot
+    released = {1: 0.8579994440078735, 2: 0.8509130477905273, 0: 0.8550013899803162, 3: 0.84464430809021}
+    rows = [(value, "test/acc", seed, "full_shot", "imagenet1k_bit50x1", "pets") for seed, value in released.items()]
+    (ours,) = read_inputs([write_table(tmp_path / "t.csv", rows, times=2)]).entries
+    names = {"dataset": "pets", "metric": "accuracy", "pretraining": "imagenet1k", "network": "bit50x1", "shot": None}
+    paper = entry(read_inputs(["paper"]).entries, **names)
+    assert (len(ours.estimate.seeds), paper.estimate.seeds) == (4, (0, 1, 2, 3))
+    assert ours.estimate.mean == pytest.approx(paper.estimate.mean, abs=1e-4)
+    assert ours.estimate.std == pytest.approx(paper.estimate.std, abs=1e-4)
+
+
 def test_percent_and_shares_are_told_apart_and_what_is_unusual_is_said(tmp_path: Path) -> None:
     def value(metric: str, *numbers: float) -> tuple[list[float], list[str]]:
         rows = [(number, metric, seed, "5_shot", "a", "d") for seed, number in enumerate(numbers)]
