@@ -111,7 +111,8 @@ def _with_folders(scores: Sequence[Score], table: Path, listed: set[Path]) -> li
                 f"{score.where}, column metric_value: {score.value:.6g} % in {score.metric}, but {run.path}/{RESULT} "
                 f"says {run.value:.6g} %; remove the row, or that folder"
             )
-        found.append(replace(run, pretraining=score.pretraining, network=run.network or network_name(score.network)))
+        named = score.pretraining.removesuffix(f"_{run.network}") if run.network else score.pretraining
+        found.append(replace(run, pretraining=named, network=run.network or network_name(score.network)))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 PAPER = "paper"
+TINY = "BiT-tiny"
 TITLES = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -78,7 +79,8 @@ def split_model(name: str) -> tuple[str, str]:
     """
     found = _MODEL.match(name)
     if found is None:
-        return name, ""
+        before, _, network = name.rpartition("_")
+        return (before, network) if network == TINY and before else (name, "")
     before, after = found["before"], found["after"] or ""
     kind = re.match(r"(?i)bit-?([sm])", name[len(before) :].lstrip("-_"))
     if kind:  # Google's names: BiT-S and BiT-M are pre-trainings

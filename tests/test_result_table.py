@@ -191,6 +191,22 @@ def test_rows_know_what_their_run_folders_know(tmp_path: Path) -> None:
         read_inputs([sweep])
 
 
+def test_rows_of_networks_of_every_name_are_read_again(tmp_path: Path) -> None:
+    for number, network in enumerate(("BiT-S-R50x1", "BiT-tiny", "resnet50")):
+        (write_run(tmp_path / "runs" / f"{number}", 0.5) / "model").mkdir()
+        (tmp_path / "runs" / f"{number}" / "model" / "model.json").write_text(f'{{"model": "{network}"}}')
+    first = read_inputs([tmp_path / "runs"])
+    write_scores(first.scores, tmp_path / "t.csv")
+    assert {e.key: e.values for e in read_inputs([tmp_path / "t.csv"]).entries} == {
+        e.key: e.values for e in first.entries
+    }
+    assert {(e.pretraining, e.network) for e in first.entries} == {
+        ("scratch", "bit50x1"),
+        ("scratch", "BiT-tiny"),
+        ("scratch", "resnet50"),
+    }
+
+
 def test_a_sweep_that_lists_some_of_its_runs_is_read_whole(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", 0.5)
     write_run(tmp_path / "runs" / "b", 0.6, seed=1)

@@ -54,11 +54,12 @@ function drawBars(rows) {
   const chart = new Chart(box, label("Bars by number of training images"), width, 340, { left: 44, right: 6, top: 26, bottom: 40 });
   chart.tall = true; hatching(chart.svg);
   chart.yAxis(lower() ? extent([0, ...spread(rows)], false).map((v, i) => i ? v : 0) : [0, Math.min(100, Math.max(...spread(rows)) * 1.04) || 1], metricTitle());
-  const group = (chart.right - chart.margin.left) / shots.length, wide = group / (models.length + 0.8);
+  const group = (chart.right - chart.margin.left) / shots.length, wide = Math.min(70, group / (models.length + 0.8));
+  const first = (group - wide * models.length) / 2;
   shots.forEach((shot, place) => models.forEach((model, index) => {
     const row = rowOf(rows, model, shot);
     if (!row) return;
-    const x = chart.margin.left + place * group + (index + 0.4) * wide, y = chart.y(row[MEAN]);
+    const x = chart.margin.left + place * group + first + index * wide, y = chart.y(row[MEAN]);
     const node = bar(chart, look(model), x, y, Math.max(1, wide - 1), chart.bottom - y);
     if (row[LOW] !== null) chart.whisker(x + wide / 2 - 0.5, Math.max(row[LOW], 0), Math.min(row[HIGH], lower() ? Infinity : 100), Math.min(4, wide / 3));
     if (row[BEST]) starAt(chart, x + wide / 2, chart.y(Math.max(row[HIGH] || 0, row[MEAN])) - 5);
@@ -150,7 +151,7 @@ function drawCurves() {
       chart.mark(node, x(step), chart.y(c.mean[i]), [modelTitle(model), `step ${step}, ${shotWords(c.shot)}`, `${about.title}: ${c.mean[i].toFixed(digits)}`, ...range], c.mean[i]);
     });
   }
-  chart.xLabels(ticks(0, last, width < 500 ? 4 : 8).map(step => [x(step), String(step)]), `fine-tuning step (${shotWords(state.shot)})`);
+  chart.xLabels(ticks(0, last, width < 500 ? 4 : 8).filter(Number.isInteger).map(step => [x(step), String(step)]), `fine-tuning step (${shotWords(state.shot)})`);
   chart.finish();
 }
 
