@@ -16,6 +16,10 @@ FLOAT = 4
 """Bytes of a float32 number: masters, momentum and reduced gradients always are."""
 PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of at most so many numbers whole (DeepSpeed's stage3_param_persistence_threshold)."""
+ALIGNED = 2
+"""A rank's part of a flat group is a multiple of so many numbers (DeepSpeed's nccl_start_alignment_factor)."""
+COPY_BLOCK = 1 << 26
+"""Numbers in a block of the host memory that a checkpoint is copied to before it is written (256 MiB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ def row_size(shape: Shape) -> int:
 
 def flat_share(shapes: Sequence[Shape], world: int) -> int:
     """Numbers of a rank in a flat group that is cut into equal parts (ZeRO-1 and 2)."""
-    return -(-sum(map(math.prod, shapes)) // world)
+    return -(-sum(map(math.prod, shapes)) // (ALIGNED * world)) * ALIGNED
 
 
 def cut_parameters(groups: Sequence[Sequence[Shape]], world: int, rank: int) -> int:
@@ -104,16 +108,16 @@ def held(
         groups: shapes of the trained parameters, one list a parameter group of the optimizer.
         world: ranks; shards: of them, those that share one copy of the state under hsdp (default: all).
         rank: differs in what ZeRO-1 and 2 keep of parameters that are cut.
-        precision: "fp32" or "bf16"; momentum: one number a parameter; threshold: see ``PERSISTENT``.
+        precision: "fp32" or "bf16", or "fp64", which DeepSpeed does not offer; momentum: one number a parameter;
+            threshold: see ``PERSISTENT``.
     """
     shapes = [shape for group in groups for shape in group]
     whole = sum(map(math.prod, shapes))
+    if engine in ("single", "ddp", "fsdp2", "hsdp"):
+        share = whole if engine in ("single", "ddp") else row_share(shapes, shards or world)
+        size = (8 if precision == "fp64" else FLOAT) * share
+        return Held(parameters=size, masters=0, gradients=size, momentum=size * momentum)
     compute = 2 if precision == "bf16" else FLOAT
-    if engine in ("single", "ddp"):
-        return Held(parameters=FLOAT * whole, masters=0, gradients=FLOAT * whole, momentum=FLOAT * whole * momentum)
-    if engine in ("fsdp2", "hsdp"):
-        share = row_share(shapes, shards or world)
-        return Held(parameters=FLOAT * share, masters=0, gradients=FLOAT * share, momentum=FLOAT * share * momentum)
     if engine in ("zero1", "zero2"):
         share = sum(flat_share(group, world) for group in groups)
         if precision == "bf16":
@@ -141,3 +145,29 @@ def held(
         gradients=copies * FLOAT * share,
         momentum=FLOAT * share * momentum,
     )
+
+
+def copied(
+    engine: str,
+    groups: Sequence[Sequence[Shape]],
+    world: int,
+    *,
+    shards: int | None = None,
+    momentum: bool = True,
+    pinned: bool = False,
+) -> int:
+    """Bytes of host memory that a rank keeps for copies of what it writes into checkpoints while training goes on.
+
+    float32 weights and momentum of what it holds, or of an even part of that where other ranks hold the same
+    (``engine.checkpoint_copy``).
+
+    Args:
+        engine, groups, world, shards, momentum: as for ``held``.
+        pinned: it is copied from a GPU; torch rounds each block of pinned memory up to a power of two.
+    """
+    share = held(engine, groups, world, shards=shards).momentum // FLOAT
+    replicas = world if engine == "ddp" else world // (shards or world) if engine == "hsdp" else 1
+    blocks, rest = divmod(-(-share // replicas) * (2 if momentum else 1), COPY_BLOCK)
+    if pinned and rest:
+        rest = 1 << (rest - 1).bit_length()
+    return FLOAT * (blocks * COPY_BLOCK + rest)

@@ -12,9 +12,10 @@ from torch import Tensor
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint import CHUNK
 from scaletransfer.engine.pieces import Piece, momentum_of
+from scaletransfer.shares import COPY_BLOCK
 
-BLOCK = 1 << 26
-"""Elements of a block of host memory (256 MiB): torch rounds pinned blocks up to a power of two."""
+BLOCK = COPY_BLOCK
+"""Elements of a block of host memory: torch rounds pinned blocks up to a power of two."""
 
 
 @dataclass(frozen=True)

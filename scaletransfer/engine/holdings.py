@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from scaletransfer.engine.pieces import shard_rows
+from scaletransfer.shares import Shape, held
 from scaletransfer.units import local
 
 if TYPE_CHECKING:
@@ -39,47 +38,32 @@ class Bytes:
 
 
 def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
-    """What the strategy should hold on this rank, from shapes, ranks and precision, and from where the
-    engine cuts (``pieces``) what ZeRO-1 and 2 hold beyond a share.
+    """What the strategy should hold on this rank by ``shares``, of shapes, ranks and precision.
 
     Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
     or a rank's share with each engine's own rounding.
     """
-    shapes, world, name = engine.shapes.values(), engine.strategy.shards, engine.strategy.engine
-    whole = sum(math.prod(shape) for shape in shapes)
-    compute, width = engine.compute_dtype.itemsize, engine.master_dtype.itemsize
-    if name in ("single", "ddp"):
-        return Bytes(width * whole, width * whole, width * whole * momentum)
-    if engine.strategy.fsdp:
-        rows = ((shape[0], math.prod(shape[1:])) for shape in shapes)
-        share = sum(size * (shard_rows(n, world, 0)[1]) for n, size in rows)  # every rank's storage is the first's size
-        return Bytes(width * share, width * share, width * share * momentum)
-    if name in ("zero1", "zero2"):
-        share = -(-whole // world)
-        if engine.precision == "bf16":
-            # Accumulated in fp32 in a buffer of its own: under ZeRO-1 whole and
-            # beside the bf16 gradients, this rank's share alone under ZeRO-2.
-            gradients = whole + whole // 2 if name == "zero1" else share
-        else:
-            # Views of what backward made: a parameter that is cut at a partition's end is held whole on both sides.
-            gradients = sum(math.prod(piece.shape) for piece in engine.pieces if len(piece))
-        return Bytes(compute * whole + 4 * share, 4 * gradients, 4 * share * momentum)
-    share = sum(-(-math.prod(shape) // world) for shape in shapes)
-    kept = sum(p.ds_numel for p in engine.zero.persistent_parameters)
-    # With offload a second copy: where micro-batches are added up, and what the optimizer is given.
-    copies = 2 if engine.strategy.offload else 1
-    return Bytes(
-        compute * (share + kept) + (0 if _shares_masters(engine) else 4 * share),
-        copies * 4 * share,
-        4 * share * momentum,
+    strategy = engine.strategy
+    found = held(
+        strategy.engine,
+        _groups(engine),
+        strategy.world,
+        shards=strategy.shards,
+        rank=engine.rank,
+        precision=engine.precision,
+        momentum=momentum,
     )
+    return Bytes(found.parameters + found.masters, found.gradients, found.momentum)
 
 
-def _shares_masters(engine: Engine) -> bool:
-    """Whether ZeRO-3's fp32 masters are the fp32 partitions themselves (releases differ)."""
-    masters = {piece.holder.untyped_storage().data_ptr() for piece in engine.pieces}
-    parts = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
-    return all(part.untyped_storage().data_ptr() in masters for part in parts)
+def _groups(engine: Engine) -> list[list[Shape]]:
+    """Whole shapes; where the optimizer's parameter groups are cut one by one (ZeRO-1 and 2), group by group."""
+    if engine.strategy.zero_stage not in (1, 2):
+        return [list(engine.shapes.values())]
+    found: dict[int, list[Shape]] = {}
+    for piece in engine.pieces:
+        found.setdefault(id(piece.holder), []).append(piece.shape)
+    return list(found.values())
 
 
 def measured_parameters(engine: Engine) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from scaletransfer.shares import shard_rows
 from scaletransfer.units import Segment, flat
 
 
@@ -41,12 +42,6 @@ class Piece:
 
     def segment(self) -> Segment:
         return Segment(self.shape, self.start, self.stop, self.offset)
-
-
-def shard_rows(rows: int, world: int, rank: int) -> tuple[int, int]:
-    """First and last (exclusive) row of a rank under ``Shard(0)``: ``torch.chunk``'s rule, later ranks may be empty."""
-    chunk = -(-rows // world)
-    return min(rows, rank * chunk), min(rows, (rank + 1) * chunk)
 
 
 def plain_pieces(module: nn.Module) -> list[Piece]:
