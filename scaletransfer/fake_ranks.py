@@ -1,13 +1,19 @@
 """Many ranks in one process, without any of the others: torch's fake process group, on which collectives move nothing.
 
-What a network becomes on rank 700 of 1,024 is found by sharding it there, not by a formula; the planner measures
-FSDP2's gathered blocks so, and ``pretrain --dry-run`` builds its engine on it.
+What a network becomes on rank 700 of 1,024 is found by sharding it there, not by a formula: by FSDP2 on ``meta``, by
+DeepSpeed's ZeRO-3 parameter by parameter. The planner measures FSDP2's gathered blocks so, and ``pretrain --dry-run``
+builds its engine on it.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -81,3 +87,25 @@ def local_shapes(
         return {
             name: (tuple(local(p).shape), local(p).untyped_storage().nbytes()) for name, p in network.named_parameters()
         }
+
+
+def zero3_numbers(create: Callable[[], nn.Module], world: int, rank: int) -> int | None:
+    """Numbers that DeepSpeed leaves on one of many ranks under ZeRO-3: ``zero.Init`` itself cuts the network.
+
+    Each parameter is whole in the memory of this host while it is cut. None where there is no DeepSpeed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    here = {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": world}
+    with mock.patch.dict(os.environ, here), redirect_stdout(sys.stderr), fake_ranks(world, rank):
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        try:
+            with deepspeed.zero.Init(config_dict_or_path={**batch, "zero_optimization": {"stage": 3}}):
+                network = create()
+            return sum(p.ds_tensor.numel() for p in network.parameters())  # type: ignore[attr-defined]
+        finally:
+            deepspeed.comm.comm.cdb = None  # its hold on the group that ends here

@@ -50,6 +50,8 @@ class Estimate:
     """What backward needs at the end of a forward for each image."""
     moments: tuple[tuple[int, int], ...]
     """(fixed bytes, bytes an image) beside the state, at each moment that is the fullest for some micro-batch."""
+    copy_bytes: int = 0
+    """Of the copy from which checkpoints are written, where that is the same memory (on a CPU)."""
 
     def live(self, micro_batch: int) -> int:
         """Bytes of activations, their gradients and workspace at the fullest moment of a step."""
@@ -61,7 +63,7 @@ class Estimate:
 
     def total(self, micro_batch: int) -> int:
         """Bytes on the device while it trains with this micro-batch."""
-        return self.state_bytes + math.ceil(self.live(micro_batch) * FRAGMENTATION)
+        return self.state_bytes + self.copy_bytes + math.ceil(self.live(micro_batch) * FRAGMENTATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def estimate(
     precision: Precision,
     activation_checkpointing: bool,
     momentum: bool = True,
+    copied: float = 0.0,
     device_type: str = "cuda",
 ) -> Estimate:
     """Estimate the memory of training a network on one device, gradients accumulated over micro-batches.
@@ -99,13 +102,15 @@ def estimate(
         precision: "fp32", or "bf16" for float32 weights under autocast.
         activation_checkpointing: blocks are recomputed in backward (the network's ``set_grad_checkpointing``).
         momentum: the optimizer keeps one number a parameter.
+        copied: share of the parameters whose float32 values and momentum are copied to the host's memory before they
+            are written into a checkpoint; 0 where training waits for the disk.
         device_type: "cuda" or "cpu", which differ in what autocast leaves in float32. Neither has to be there.
 
     Raises:
         ValueError: the network has no activation checkpointing, or does not take such images.
     """
     with fake_network(create) as network:
-        return _estimate(network, channels, size, precision, activation_checkpointing, momentum, device_type)
+        return _estimate(network, channels, size, precision, activation_checkpointing, momentum, device_type, copied)
 
 
 def choose(
@@ -122,6 +127,7 @@ def choose(
     multiple_of: int = 1,
     largest: int = 64,
     momentum: bool = True,
+    copied: float = 0.0,
 ) -> Choice:
     """Choose micro-batch and activation checkpointing so that training fits; nothing is allocated.
 
@@ -130,7 +136,7 @@ def choose(
     Where both are given nothing is refused, as the estimate may err: ``describe`` says when it is over the budget.
 
     Args:
-        create, channels, size, momentum: as for ``estimate``.
+        create, channels, size, momentum, copied: as for ``estimate``.
         global_batch: images a step; micro-batches divide it.
         device: what is trained on; precision: "auto" is bf16 on CUDA and fp32 elsewhere.
         budget: bytes that training may take; None: what is ``available`` on the device.
@@ -150,7 +156,7 @@ def choose(
         able = _set_checkpointing(network, True)
         ways = [False, True] if able and activation_checkpointing is None else [bool(activation_checkpointing)]
         for way in ways:
-            weighed = _estimate(network, channels, size, resolved, way, momentum, device.type)
+            weighed = _estimate(network, channels, size, resolved, way, momentum, device.type, copied)
             estimates.append(weighed)
             fits = [m for m in candidates if weighed.total(m) <= budget]
             fitting += [(m, weighed) for m in fits[-1:]]
@@ -182,7 +188,8 @@ def describe(choice: Choice) -> str:
         f"Memory: micro-batch {choice.micro_batch}, {choice.precision}, {way} activation checkpointing: estimated "
         f"{_size(choice.estimated)} of {_size(choice.budget)}{fits} "
         f"(weights, gradients, momentum {_size(chosen.state_bytes)}; "
-        f"activations {_size(choice.estimated - chosen.state_bytes)})"
+        f"activations {_size(choice.estimated - chosen.state_bytes - chosen.copy_bytes)}"
+        f"{f', copies for checkpoints {_size(chosen.copy_bytes)}' if chosen.copy_bytes else ''})"
     ]
     for e in choice.estimates:
         others = ", ".join(
@@ -227,7 +234,14 @@ def _set_checkpointing(network: Any, way: bool) -> bool:
 
 
 def _estimate(
-    network: nn.Module, channels: int, size: int, precision: Precision, way: bool, momentum: bool, device_type: str
+    network: nn.Module,
+    channels: int,
+    size: int,
+    precision: Precision,
+    way: bool,
+    momentum: bool,
+    device_type: str,
+    copied: float = 0.0,
 ) -> Estimate:
     if not _set_checkpointing(network, way):
         raise ValueError(
@@ -249,6 +263,7 @@ def _estimate(
         fixed_bytes=sums[mark][0],
         activation_bytes_per_image=sums[mark][1],
         moments=fullest(sums),
+        copy_bytes=math.ceil(copied * trained * (2 if momentum else 1)) if device_type == "cpu" else 0,
     )
 
 

@@ -31,9 +31,13 @@ from scaletransfer.plan_time import Time, Traffic, step_time, traffic
 from scaletransfer.plan_trace import flops_per_image
 
 SIMPLEST = ("single", "ddp", "fsdp2", "hsdp", "zero2", "zero1", "zero3", "zero3_offload")
-"""The order in which engines are preferred that are equally fast."""
+"""The order in which engines are preferred that are equally fast. On several nodes hsdp comes before fsdp2: what a
+forward waits for, gathered weights, then travels inside a node, and bounds do not know of latency."""
 ALIKE = 1.1
-"""Lower bounds that differ by less do not say which engine is faster."""
+"""Lower bounds whose ratio is less do not say which engine is faster,"""
+NOISE = 0.005
+"""nor do those that differ by so many seconds: starting the kernels and collectives of some hundred layers takes as
+long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,11 @@ class Advice:
 
     micro_batch: int
     activation_checkpointing: bool
+    asynchronous: bool
+    """False: only where training waits for its checkpoints (``checkpoint.asynchronous``)."""
     total: int
+    changes: str
+    """What to append to the command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,7 @@ class Row:
     """Why this engine cannot run on these ranks at all; the rest is None then."""
     memory: Memory | None = None
     state: int = 0
-    """Bytes of parameters, masters, gradients and momentum alone, which are there in every step."""
+    """Bytes of parameters, masters, gradients and momentum alone, which are there in every step, on the GPU."""
     fits: bool = False
     certain: bool = False
     """It does not fit whatever the micro-batch: ``state`` alone is too much."""
@@ -140,8 +148,10 @@ class Planner:
     def row(self, engine: str, flops: int) -> Row:
         """One engine at the configured micro-batch, and what would fit where that does not."""
         cfg, world = self.cfg, 1 if engine == "single" else self.world
-        if engine != "single" and self.world == 1:
+        if self.world == 1 and engine not in ("single", "zero3_offload"):
             return Row(engine=engine, impossible="one GPU: nothing to split or to average over")
+        if self.device.kind == "cpu" and engine == "zero3_offload" and self.world == 1:
+            return Row(engine=engine, impossible="on a CPU host and device are one: nothing to offload")
         estimator = self.estimator(world, cfg.micro_batch, self.checkpointing)
         job = estimator.job
         if engine == "hsdp" and job.shards == world:
@@ -149,7 +159,8 @@ class Planner:
         found = estimator.memory(engine, cfg.micro_batch)
         sent = traffic(engine, job, agc_units(cfg, job) if engine not in ("single", "ddp") else 0)
         fits = found.total <= self.device.usable
-        state = job.held(engine).total - found.host
+        held = job.held(engine)
+        state = held.total - job.away(engine)
         return Row(
             engine=engine,
             impossible=None,
@@ -164,14 +175,23 @@ class Planner:
                 self.device,
                 flops=flops * cfg.global_batch / world,
                 sent=sent,
-                state=5 * found.gradients if engine in ("single", "ddp") else 5 * job.held(engine).momentum,
+                # weights, gradients and momentum are read, weights and momentum written
+                state=0 if job.away(engine) else 5 * held.momentum if held.momentum else 3 * held.gradients,
                 nodes=1 if engine == "single" else self.nodes,
                 per_node=self.per_node,
             ),
-            advice=None if fits else self._advice(engine, world),
+            advice=None if fits else self._advice(engine, world, found),
         )
 
-    def _advice(self, engine: str, world: int) -> Advice | None:
+    def _advice(self, engine: str, world: int, found: Memory) -> Advice | None:
+        """What would fit: the least change that does."""
+        without = found.total - found.copy
+        if without <= self.device.usable:
+            return self._changed(self.cfg.micro_batch, self.checkpointing, copies=False, total=without)
+        smaller = self._smaller(engine, world, copies=True)
+        return smaller or (self._smaller(engine, world, copies=False) if found.copy else None)
+
+    def _smaller(self, engine: str, world: int, *, copies: bool) -> Advice | None:
         """The largest smaller micro-batch that fits; with checkpointing where that allows a comfortable one."""
         each = self.cfg.global_batch // world
         smaller = [m for m in range(self.cfg.micro_batch, 0, -1) if each % m == 0]
@@ -181,14 +201,29 @@ class Planner:
                 if best is not None and micro_batch <= best.micro_batch:
                     break
                 try:
-                    total = self.estimator(world, micro_batch, way).memory(engine, micro_batch).total
+                    needed = self.estimator(world, micro_batch, way).memory(engine, micro_batch)
                 except ValueError:  # this network has no checkpointing
                     break
+                total = needed.total - (0 if copies else needed.copy)
                 if total <= self.device.usable:
-                    best = Advice(micro_batch=micro_batch, activation_checkpointing=way, total=total)
+                    best = self._changed(micro_batch, way, copies=copies, total=total)
             if best is not None and best.micro_batch >= min(COMFORTABLE, self.cfg.micro_batch):
                 break
         return best
+
+    def _changed(self, micro_batch: int, checkpointing: bool, *, copies: bool, total: int) -> Advice:
+        changes = {
+            f"micro_batch={micro_batch}": micro_batch != self.cfg.micro_batch,
+            "model.activation_checkpointing=true": checkpointing != self.checkpointing,
+            "checkpoint.asynchronous=false": not copies,
+        }
+        return Advice(
+            micro_batch=micro_batch,
+            activation_checkpointing=checkpointing,
+            asynchronous=copies,
+            total=total,
+            changes=" ".join(text for text, needed in changes.items() if needed),
+        )
 
 
 def make_plan(
@@ -212,7 +247,7 @@ def make_plan(
     job = planner.estimator(planner.world, cfg.micro_batch, planner.checkpointing).job
     flops = flops_per_image(job.create, job.images)
     rows = tuple(planner.row(engine, flops) for engine in engines)
-    recommended, reason = recommend(rows, device, planner.world)
+    recommended, reason = recommend(rows, device, planner.world, nodes)
     return Plan(
         model=cfg.model.name,
         parameters=job.parameters,
@@ -236,35 +271,49 @@ def make_plan(
     )
 
 
-def recommend(rows: Sequence[Row], device: Device, world: int) -> tuple[str | None, str]:
+def recommend(rows: Sequence[Row], device: Device, world: int, nodes: int = 1) -> tuple[str | None, str]:
     """The engine to take, and why; None where none fits even with a smaller micro-batch."""
+    order = list(SIMPLEST)
+    if nodes > 1:
+        order[2:4] = "hsdp", "fsdp2"
+
+    def simplicity(row: Row) -> int:
+        return order.index(row.engine)
+
     able = [row for row in rows if row.impossible is None and (row.engine != "single" or world == 1)]
     fitting = [row for row in able if row.fits]
     onboard = [row for row in fitting if row.engine != "zero3_offload"] or fitting
     if onboard:
         least = min(map(_cost, onboard))
-        chosen = min((row for row in onboard if _cost(row) <= ALIKE * least), key=_simplicity)
+        enough = max(ALIKE * least, least + NOISE) if onboard[0].time is not None else ALIKE * least
+        chosen = min((row for row in onboard if _cost(row) <= enough), key=simplicity)
         return chosen.engine, _why(chosen, rows, onboard, device)
     advised = [row for row in able if row.advice is not None]
+    advised = [row for row in advised if row.engine != "zero3_offload"] or advised
     if not advised:
-        return None, "nothing fits, not even one image a micro-batch: more GPUs or GPUs with more memory are needed"
+        return None, _nothing(able, device) if able else "no engine was weighed"
     largest = max(row.advice.micro_batch for row in advised if row.advice)
-    chosen = min((row for row in advised if row.advice and row.advice.micro_batch == largest), key=_simplicity)
+    chosen = min((row for row in advised if row.advice and row.advice.micro_batch == largest), key=simplicity)
     assert chosen.advice is not None
-    with_it = " model.activation_checkpointing=true" if chosen.advice.activation_checkpointing else ""
+    return chosen.engine, f"no engine fits as configured; {chosen.engine} fits with {chosen.advice.changes}"
+
+
+def _nothing(able: Sequence[Row], device: Device) -> str:
+    least = min(able, key=lambda row: row.state)
+    if least.certain:
+        return (
+            f"parameters, gradients and momentum alone take {least.state / 2**30:.1f} of {device.usable / 2**30:.1f} "
+            f"GiB a GPU under {least.engine}, which splits most: more GPUs, or GPUs with more memory, are needed"
+        )
     return (
-        chosen.engine,
-        f"no engine fits as configured; {chosen.engine} fits with micro_batch={chosen.advice.micro_batch}{with_it}",
+        "nothing fits, not even one image a micro-batch: smaller images (data.image_size), a smaller network, more "
+        "GPUs or GPUs with more memory are needed"
     )
 
 
 def _cost(row: Row) -> float:
     assert row.traffic is not None
     return row.time.step if row.time is not None else float(row.traffic.total)
-
-
-def _simplicity(row: Row) -> int:
-    return SIMPLEST.index(row.engine)
 
 
 def _why(chosen: Row, rows: Sequence[Row], fitting: Sequence[Row], device: Device) -> str:
@@ -280,9 +329,11 @@ def _why(chosen: Row, rows: Sequence[Row], fitting: Sequence[Row], device: Devic
     why = f"it fits ({room})"
     if ddp is not None and ddp.memory is not None and not ddp.fits:
         why += f", ddp does not ({ddp.memory.total / 2**30:.1f} GiB)"
-    measure = "least time" if chosen.time is not None else "least traffic"
+    if ddp is not None and ddp.fits and chosen.time is not None and ddp.time is not None:
+        return f"{why} and takes {chosen.time.step:.3f} s a step at least, ddp {ddp.time.step:.3f} s"
     if len(fitting) > 1:
-        why += f"; of the {len(fitting)} that fit it is the simplest within {ALIKE - 1:.0%} of the {measure}"
+        measure = "time" if chosen.time is not None else "traffic"
+        why += f"; of the {len(fitting)} that fit it is the simplest within {ALIKE - 1:.0%} of the least {measure}"
     return why
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,10 +16,12 @@ from torch import nn
 
 from scaletransfer.memory import FRAGMENTATION
 from scaletransfer.plan_trace import Images, Trace, trace, trace_fsdp
+from scaletransfer.plan_zero import ZeroRules
 from scaletransfer.shares import (
     FLOAT,
     Held,
     Shape,
+    copied,
     cut_parameters,
     flat_share,
     held,
@@ -30,24 +32,6 @@ from scaletransfer.shares import (
 
 Moment = Literal["forward", "backward", "reduction", "update"]
 ENGINES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "zero3_offload")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroRules:
-    """DeepSpeed's settings that cost memory or traffic, in numbers (not bytes). The defaults are DeepSpeed's."""
-
-    reduce_bucket_size: int = 500_000_000
-    stage3_prefetch_bucket_size: int = 50_000_000
-    stage3_param_persistence_threshold: int = 100_000
-    stage3_max_reuse_distance: int = 1_000_000_000
-    sub_group_size: int = 1_000_000_000
-    overlap_comm: bool | None = None
-
-    @classmethod
-    def of(cls, settings: dict[str, object]) -> ZeroRules:
-        """From the section ``zero_optimization`` of a DeepSpeed configuration; what it leaves open is the default."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in settings.items() if k in known and v != "auto"})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +56,8 @@ class Job:
     buffers: int = 0
     """Bytes of the network's buffers."""
     zero: ZeroRules = field(default_factory=ZeroRules)
+    asynchronous: bool = False
+    """Checkpoints are written from a copy while training goes on."""
 
     @cached_property
     def shapes(self) -> list[Shape]:
@@ -110,6 +96,20 @@ class Job:
         ]
         return max(found, key=lambda h: h.total)
 
+    def away(self, engine: str) -> int:
+        """Bytes of ``held`` that lie in the host's memory: all but the small parameters, with offload from a GPU."""
+        if engine != "zero3_offload" or not self.cuda:
+            return 0
+        small = persistent(self.shapes, self.zero.stage3_param_persistence_threshold)
+        return self.held(engine).total - self.compute * small
+
+    def copied(self, engine: str) -> int:
+        """Bytes of host memory for the copy from which checkpoints are written."""
+        if not self.asynchronous:
+            return 0
+        shards = self.shards if engine == "hsdp" else None
+        return copied(engine, self.groups, self.world, shards=shards, momentum=self.momentum, pinned=self.cuda)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -129,8 +129,10 @@ class Memory:
     """Buffers of communication."""
     update: int = 0
     """The optimizer's temporary copies."""
+    copy: int = 0
+    """What a checkpoint is copied to before it is written, where that is the same memory (on a CPU)."""
     host: int = 0
-    """Not on the GPU but in its host's memory, for each GPU."""
+    """Not on the GPU but in its host's memory, for each GPU: what is offloaded, and the copy for checkpoints."""
 
     @property
     def total(self) -> int:
@@ -141,6 +143,7 @@ class Memory:
             + math.ceil((self.activations + self.gathered) * FRAGMENTATION)
             + self.buckets
             + self.update
+            + self.copy
         )
 
 
@@ -161,7 +164,10 @@ class Estimator:
             found = self._zero12(engine, micro_batch)
         else:
             found = self._zero3(engine, micro_batch)
-        return max(found, key=lambda m: m.total)
+        fullest, copy = max(found, key=lambda m: m.total), self.job.copied(engine)
+        if self.job.cuda:
+            return replace(fullest, host=self.job.away(engine) + copy)
+        return replace(fullest, copy=copy)
 
     def _live(self, micro_batch: int, gradients: str, *, native: bool = False, kept: float = 0.0) -> int:
         """Bytes that a micro-batch needs where the network is whole; ``native``: its weights are bf16."""
@@ -292,29 +298,25 @@ class Estimator:
     def _zero3(self, engine: str, micro_batch: int) -> list[Memory]:
         """ZeRO-3 keeps what backward needs again soon, prefetches, and reduces gradients from a lasting bucket."""
         job, h, rules = self.job, self.job.held(engine), self.job.zero
-        away = engine == "zero3_offload" and job.cuda
-        small = job.compute * persistent(job.shapes, rules.stage3_param_persistence_threshold)
-        host = h.total - small if away else 0
-        parameters = (small if away else h.parameters + h.masters) + job.buffers
-        base = {"parameters": parameters, "momentum": 0 if away else h.momentum, "host": host}
+        away = job.away(engine) > 0
+        parameters = (h.total - job.away(engine) if away else h.parameters + h.masters) + job.buffers
+        base = {"parameters": parameters, "momentum": 0 if away else h.momentum}
         gradients = 0 if away else h.gradients
         filled = min(job.parameters, rules.reduce_bucket_size)
         bucket = FLOAT * (rules.reduce_bucket_size if job.cuda else filled)
         copies = FLOAT * filled * (1 if job.compute == FLOAT else 2)
         once = job.parameters <= rules.reduce_bucket_size
-        gathered = gathered_numbers(job)
-        if kept_for_backward(job) == sum(_large(job)):
-            # nothing is gathered in backward: what came in one tensor is let go of when forward ends
-            gathered = kept_for_backward(job)
-        gathered, forward = job.compute * gathered, job.compute * gathered_numbers(job)
-        # on a CPU the engine gives their pages back after each step
-        gradual = not job.cuda and job.accumulation == 1
+        forward, kept = rules.gathered(job.shapes), rules.kept_for_backward(job.shapes)
+        # where nothing is gathered in backward, what came in one tensor is let go of when forward ends
+        gathered = kept if kept == sum(rules.large(job.shapes)) else forward
+        # on a CPU the engine gives their pages back after each step, but for those that the offloaded optimizer has
+        gradual = engine == "zero3" and not job.cuda and job.accumulation == 1
         live = self._live(micro_batch, "taken", native=True, kept=h.gradients / (FLOAT * job.parameters) * gradual)
         backward = Memory(
             moment="backward",
             gradients=0 if gradual else gradients,
             activations=live,
-            gathered=gathered,
+            gathered=job.compute * gathered,
             buckets=bucket + (0 if once else copies),
             **base,
         )
@@ -322,7 +324,7 @@ class Estimator:
             moment="forward",
             gradients=0 if gradual else gradients,
             activations=self._forward(micro_batch),
-            gathered=forward,
+            gathered=job.compute * forward,
             buckets=bucket,
             **base,
         )
@@ -342,33 +344,3 @@ class Estimator:
         """Bytes at the end of a forward under DeepSpeed."""
         self._live(micro_batch, "taken", native=True)
         return self._traces["whole", "taken", True, 0.0].kept(micro_batch)
-
-
-def kept_for_backward(job: Job) -> int:
-    """Numbers of parameters that ZeRO-3 does not gather a second time for their backward.
-
-    DeepSpeed keeps a parameter after its forward when its backward comes within ``stage3_max_reuse_distance`` numbers
-    of others, which is so for the last ones of a network; the small ones that always stay are not counted.
-    """
-    kept = behind = 0
-    for size in reversed(_large(job)):
-        kept += size if 2 * behind < job.zero.stage3_max_reuse_distance else 0
-        behind += size
-    return kept
-
-
-def gathered_numbers(job: Job) -> int:
-    """Numbers of parameters that are whole at once under ZeRO-3, beside the small ones that always are.
-
-    What is kept for backward, and what is fetched ahead: ``stage3_prefetch_bucket_size``, and the parameter over it.
-    What is fetched together comes in one flat tensor, which lives beside the parameters that are copied out of it until
-    the last of them is used. A single one needs no copy.
-    """
-    sizes = _large(job)
-    ahead = min(sum(sizes), job.zero.stage3_prefetch_bucket_size + max(sizes, default=0))
-    together = ahead if job.zero.stage3_prefetch_bucket_size else 0
-    return together + min(sum(sizes), kept_for_backward(job) + ahead)
-
-
-def _large(job: Job) -> list[int]:
-    return [size for size in map(math.prod, job.shapes) if size > job.zero.stage3_param_persistence_threshold]

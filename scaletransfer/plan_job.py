@@ -16,8 +16,9 @@ from scaletransfer.engine.data import open_data
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.fake_ranks import blocks
 from scaletransfer.ledger import size_of
-from scaletransfer.plan_bytes import Job, ZeroRules
+from scaletransfer.plan_bytes import Job
 from scaletransfer.plan_trace import Images
+from scaletransfer.plan_zero import ZeroRules
 from scaletransfer.units import Segment
 
 
@@ -100,6 +101,7 @@ def make_job(
         temporaries=0 if cfg.optimizer.name == "sgd_agc" else (cfg.optimizer.weight_decay > 0) + cfg.optimizer.nesterov,
         buffers=sum(size_of(b) for b in skeleton.buffers()),
         zero=zero_rules(world, precision, cfg.micro_batch, steps),
+        asynchronous=cfg.checkpoint.asynchronous,
     )
 
 

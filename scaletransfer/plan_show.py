@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from scaletransfer.plan import Plan, Row
 
 WIDTH = 118
-COLUMNS = ("parameters", "gradients", "momentum", "activations", "gathered", "buckets", "update")
+COLUMNS = ("parameters", "gradients", "momentum", "activations", "gathered", "buckets", "update", "copy")
 
 
 def show(plan: Plan) -> str:
@@ -78,9 +78,7 @@ def notes(plan: Plan) -> list[str]:
         found.append(f"Recommended: none; {plan.reason}.")
     else:
         found.append(f"Recommended: {plan.recommended}: {plan.reason}.")
-        found.append(
-            f"  accelerate launch --config_file launch/{plan.recommended}.yaml --num_processes {plan.world} ..."
-        )
+        found.append(f"  {command(plan)}")
     for row in plan.rows:
         if row.impossible is None and not row.fits:
             found.append(f"{row.engine} does not fit: {_instead(row, plan.device)}.")
@@ -90,6 +88,24 @@ def notes(plan: Plan) -> list[str]:
     return found
 
 
+def command(plan: Plan) -> str:
+    """How to start what is recommended."""
+    assert plan.recommended is not None
+    if plan.nodes > 1:
+        return (
+            f"sbatch --nodes={plan.nodes} --gpus-per-node={plan.gpus_per_node} launch/slurm/pretrain.sbatch "
+            f"{plan.recommended} --config ..."
+        )
+    options = f"--num_processes {plan.world}"
+    if plan.recommended == "hsdp":
+        options += f" --parallelism_config_dp_replicate_size {plan.world // plan.shards}"
+        options += f" --parallelism_config_dp_shard_size {plan.shards}"
+    return (
+        f"accelerate launch --config_file launch/{plan.recommended}.yaml {options} -m scaletransfer.pretrain "
+        "--config ..."
+    )
+
+
 def _instead(row: Row, device: Device) -> str:
     assert row.memory is not None
     needs = f"it needs {gib(row.memory.total)} GiB of {gib(device.usable)}"
@@ -97,8 +113,7 @@ def _instead(row: Row, device: Device) -> str:
         return f"{needs}, {gib(row.state)} of them parameters, gradients and momentum, whatever the micro-batch"
     if row.advice is None:
         return f"{needs}, also with one image a micro-batch"
-    way = "with" if row.advice.activation_checkpointing else "without"
-    return f"{needs}; micro_batch={row.advice.micro_batch} {way} checkpointing would take {gib(row.advice.total)}"
+    return f"{needs}; {row.advice.changes} would take {gib(row.advice.total)}"
 
 
 def _meaning(plan: Plan) -> list[str]:
@@ -108,6 +123,8 @@ def _meaning(plan: Plan) -> list[str]:
         "convolutions copy. gathered: parameters and gradients that are whole for a while. buckets: of communication. "
         "update: the optimizer's copies. All at the moment of a step that is the fullest; total has 5 % on activations "
         "for what an allocator cannot use. single runs on one GPU, whatever their number.",
+        "copy, or on the host, for each GPU: what checkpoints are copied to before they are written (none with "
+        "checkpoint.asynchronous=false); under zero3_offload also what is offloaded.",
         "sent: bytes that one GPU sends in a step, by ring algorithms.",
     ]
     if any(row.impossible is None and row.engine == "hsdp" for row in plan.rows):
@@ -119,7 +136,7 @@ def _meaning(plan: Plan) -> list[str]:
         "s at least: the larger of computing and sending, then the update, at peak speed: "
         f"{peak / 1e12:g} TFLOP/s ({kind}), "
         f"memory {device.memory_speed / 1e12:g} TB/s, {device.link / 1e9:g} GB/s a GPU to its node, "
-        f"{device.network / 1e9:g} GB/s a GPU to other nodes. Assumed, not measured "
-        f"({device.source}): real steps take longer."
+        f"{device.network / 1e9:g} GB/s a GPU to other nodes, {device.host_link / 1e9:g} GB/s to its host. Assumed, "
+        f"not measured ({device.source}): real steps take longer."
     )
     return found

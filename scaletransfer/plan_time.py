@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scaletransfer.plan_bytes import Job, kept_for_backward
+from scaletransfer.plan_bytes import Job
 from scaletransfer.plan_devices import Device
 from scaletransfer.shares import FLOAT, parameter_share, persistent, row_share
 
@@ -22,9 +22,12 @@ class Traffic:
     """Within the group of ranks that share one copy of the state (all of them, but under hsdp)."""
     across: int = 0
     """Between hsdp's copies."""
+    host: int = 0
+    """From the GPU to its host and back, the larger of the two: they do not share a wire."""
 
     @property
     def total(self) -> int:
+        """To other GPUs."""
         return self.near + self.across
 
 
@@ -55,10 +58,10 @@ def traffic(engine: str, job: Job, units: int = 0) -> Traffic:
         units: rows whose norms SGD_AGC adds over the ranks, two float32 each (0: none, or nothing is split).
     """
     n, times = job.world, job.accumulation
-    if engine == "single" or n == 1:
+    if engine == "single" or (n == 1 and not job.away(engine)):
         return Traffic()
     whole = job.parameters
-    norms = 2 * ring(n) * 2 * FLOAT * units
+    norms = 2 * ring(job.shards if engine == "hsdp" else n) * 2 * FLOAT * units
     if engine == "ddp":
         return Traffic(near=int(2 * ring(n) * FLOAT * whole))
     if engine in ("fsdp2", "hsdp"):
@@ -77,9 +80,14 @@ def traffic(engine: str, job: Job, units: int = 0) -> Traffic:
     threshold = job.zero.stage3_param_persistence_threshold
     padded = parameter_share(job.shapes, n) * n
     small = persistent(job.shapes, threshold)
-    again = max(0, padded - small - kept_for_backward(job))
+    again = max(0, padded - small - job.zero.kept_for_backward(job.shapes))
     gathered = job.compute * (times * (padded - small + again) + small)
-    return Traffic(near=int(ring(n) * (gathered + times * FLOAT * padded) + norms))
+    host = 0
+    if job.away(engine):
+        # a rank's parts come before each gathering; its gradients go, and come back where more are added to them
+        come, go = gathered // n + (times - 1) * FLOAT * padded // n, times * FLOAT * padded // n
+        host = max(come, go)
+    return Traffic(near=int(ring(n) * (gathered + times * FLOAT * padded) + norms), host=host)
 
 
 def ring(ranks: int) -> float:
@@ -99,19 +107,26 @@ def step_time(
 
     Args:
         flops: of a GPU in a step. sent: what it sends. state: bytes of parameters, gradients and momentum that its
-            optimizer reads, and writes but for the gradients.
+            optimizer reads and writes in the GPU's memory.
         nodes: over which the ranks run; per_node: ranks of each.
     """
     peak = device.bf16 if job.precision == "bf16" else device.fp32
     if not peak:
         return None
+    return Time(
+        compute=flops / peak,
+        communication=max(_links(engine, job, device, sent, nodes, per_node), sent.host / device.host_link),
+        update=state / device.memory_speed,
+    )
+
+
+def _links(engine: str, job: Job, device: Device, sent: Traffic, nodes: int, per_node: int) -> float:
+    """Seconds at the least, as all links work at once."""
+    if nodes == 1:
+        return sent.total / device.link
     if engine == "hsdp" and job.shards <= per_node:
-        links = [(sent.near, device.link), (sent.across, device.network if nodes > 1 else device.link)]
-        communication = sum(size / speed for size, speed in links)
-    elif nodes > 1:
-        # what leaves a node is what one of its GPUs sends in a ring, spread over all its adapters
-        leaving = sent.total / (device.network * per_node)
-        communication = max(leaving, sent.total / device.link)
-    else:
-        communication = sent.total / device.link
-    return Time(compute=flops / peak, communication=communication, update=state / device.memory_speed)
+        # each GPU of a node has other rows, and sends them to its like in other nodes
+        return max(sent.near / device.link, sent.across / device.network)
+    # whatever the number of its GPUs a node needs a message once, over all of its adapters
+    leaving = sent.total * ring(nodes) / ring(job.world)
+    return max(leaving / (device.network * per_node), sent.total / (device.link + device.network))

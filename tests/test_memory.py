@@ -149,6 +149,18 @@ def test_state_of_frozen_parameters_and_buffers() -> None:
     assert estimate(create, 1, 6, momentum=False, **options).state_bytes == frozen + buffers + 2 * trained
 
 
+def test_copies_for_checkpoints_count_on_a_cpu() -> None:
+    options: dict[str, Any] = {"precision": "fp32", "activation_checkpointing": False}
+    none = estimate(tiny, 1, 32, device_type="cpu", **options)
+    half = estimate(tiny, 1, 32, device_type="cpu", copied=0.5, **options)
+    assert none.copy_bytes == 0 and half.copy_bytes == 4 * half.parameters
+    assert half.total(3) == none.total(3) + half.copy_bytes
+    assert (
+        estimate(tiny, 1, 32, device_type="cpu", copied=1, momentum=False, **options).copy_bytes == 4 * none.parameters
+    )
+    assert estimate(tiny, 1, 32, device_type="cuda", copied=1, **options).copy_bytes == 0  # there it is the host's
+
+
 def test_checkpointing_needs_a_network_that_has_it() -> None:
     with pytest.raises(ValueError, match="Linear has no activation checkpointing"):
         estimate(lambda: nn.Linear(3, 2), 3, 3, precision="fp32", activation_checkpointing=True)

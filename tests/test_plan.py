@@ -17,10 +17,12 @@ from scaletransfer import plan
 from scaletransfer.config import PretrainConfig, load_config
 from scaletransfer.models import BiT, create_model
 from scaletransfer.models.bit import StdConv2d
-from scaletransfer.plan_bytes import Estimator, ZeroRules
+from scaletransfer.plan_bytes import Estimator, Memory
 from scaletransfer.plan_devices import DEVICES, Device, find_device
 from scaletransfer.plan_job import make_job
+from scaletransfer.plan_time import Time, Traffic
 from scaletransfer.plan_trace import Images, flops_per_image
+from scaletransfer.plan_zero import ZeroRules
 
 GIB = 2**30
 TINY = "configs/chexpert_tiny.yaml"
@@ -77,7 +79,7 @@ def configuration(*overrides: str) -> PretrainConfig:
 @pytest.fixture(scope="module")
 def pair() -> plan.Plan:
     """R152x4 with 21,843 classes on 2 ranks of a machine with 24 GiB and no GPU."""
-    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2")
+    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2", "checkpoint.asynchronous=false")
     return plan.make_plan(cfg, find_device("cpu:12"), nodes=1, per_node=2, classes=21_843)
 
 
@@ -97,9 +99,20 @@ def test_ddp_of_r152x4_is_refused_on_two_ranks_of_12_gib_with_the_numbers(pair: 
     assert f"{3 * state / GIB:.2f} of them parameters, gradients and momentum, whatever the micro-batch" in text
 
 
+def test_where_the_copy_for_checkpoints_is_too_much_waiting_for_them_is_advised() -> None:
+    """Weights and momentum of a half of R152x4 in float32, 4.1 GiB, in the memory that is trained in."""
+    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2")
+    found = plan.make_plan(cfg, find_device("cpu:12"), nodes=1, per_node=2, classes=21_843, engines=("fsdp2",))
+    row = found.row("fsdp2")
+    assert row.memory is not None and row.advice is not None and not row.fits
+    assert row.memory.copy == pytest.approx(8 * found.parameters / 2, rel=1e-3)
+    assert row.advice.total == row.memory.total - row.memory.copy < 12 * GIB
+    assert "no engine fits as configured; fsdp2 fits with checkpoint.asynchronous=false." in plan.show(found)
+
+
 def test_zero3_of_r152x4_fits_two_ranks_of_12_gib_with_small_buffers_only() -> None:
     """DeepSpeed's defaults, meant for large GPUs, take 2 GB of bucket and keep half of this network whole."""
-    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2")
+    cfg = configuration("data.image_size=64", "global_batch=8", "micro_batch=2", "checkpoint.asynchronous=false")
     job = make_job(cfg, 21_843, world=2, per_node=2, precision="fp32", device_type="cpu")
     small = ZeroRules(
         reduce_bucket_size=50_000_000,
@@ -154,9 +167,83 @@ def test_time_is_the_larger_of_computing_and_sending() -> None:
     assert one is not None and other is not None
     assert one.compute == other.compute and one.update == other.update
     assert other.bound == "links" and other.step == other.communication + other.update > one.step
-    # what leaves a node of four GPUs: 2 x 7/8 of the gradients, over four adapters
+    # a GPU sends 2 x 7/8 of the gradients, over its links to the node and to others at once
     parameters = plan.make_plan(cfg, quick, nodes=2, per_node=4, engines=()).parameters
-    assert other.communication == pytest.approx(2 * 7 / 8 * 4 * parameters / 1e6, rel=1e-6)
+    assert other.communication == pytest.approx(2 * 7 / 8 * 4 * parameters / 2e6, rel=1e-6)
+    # with quick links inside, what leaves a node of four GPUs counts: 2 x 1/2 of the gradients, over four adapters
+    far = Device(**{**vars(quick), "network": 1e6})
+    leaving = plan.make_plan(cfg, far, nodes=2, per_node=4, engines=("ddp",)).row("ddp").time
+    assert leaving is not None and leaving.communication == pytest.approx(4 * parameters / 4e6, rel=1e-6)
+
+
+def row(engine: str, seconds: float | None, *, fits: bool = True, micro: int | None = None, state: int = 1) -> plan.Row:
+    time = None if seconds is None else Time(compute=seconds, communication=0.0, update=0.0)
+    changes = f"micro_batch={micro}"
+    advice = None
+    if micro is not None:
+        advice = plan.Advice(
+            micro_batch=micro, activation_checkpointing=True, asynchronous=True, total=1, changes=changes
+        )
+    return plan.Row(
+        engine=engine,
+        impossible=None,
+        memory=Memory(moment="backward", parameters=GIB, gradients=0, momentum=0),
+        state=state,
+        fits=fits,
+        certain=state > GIB,
+        traffic=Traffic(near=round(1e9 * (seconds or 1))),
+        time=time,
+        advice=advice,
+    )
+
+
+H100 = DEVICES["h100-80"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "nodes", "expected"),
+    [
+        # what milliseconds say is noise, and so is a tenth
+        ([row("ddp", 0.003), row("zero3", 0.001)], 8, "ddp"),
+        ([row("ddp", 1.09), row("fsdp2", 1.0)], 1, "ddp"),
+        ([row("ddp", 1.2), row("fsdp2", 1.0), row("hsdp", 1.01)], 1, "fsdp2"),
+        ([row("ddp", 1.2), row("fsdp2", 1.0), row("hsdp", 1.01)], 8, "hsdp"),
+        ([row("ddp", 1.2, fits=False), row("zero2", 1.0), row("zero3_offload", 0.5)], 1, "zero2"),
+        ([row("ddp", 1.2, fits=False), row("zero3_offload", 0.5)], 1, "zero3_offload"),
+        ([row("ddp", 1.0, fits=False, micro=2), row("fsdp2", 1.0, fits=False, micro=8)], 1, "fsdp2"),
+        ([row("fsdp2", 1.0, fits=False, micro=2), row("zero3_offload", 1.0, fits=False, micro=8)], 1, "fsdp2"),
+        # one GPU of many is no way to train
+        ([row("single", 0.1), row("ddp", 1.0)], 1, "ddp"),
+    ],
+)
+def test_what_an_expert_would_take(rows: list[plan.Row], nodes: int, expected: str) -> None:
+    assert plan.recommend(rows, H100, 8 * nodes, nodes)[0] == expected
+
+
+def test_where_nothing_fits_the_sentence_says_what_to_change() -> None:
+    engine, why = plan.recommend([row("ddp", 1.0, fits=False), row("fsdp2", 1.0, fits=False)], H100, 8)
+    assert engine is None and "smaller images (data.image_size)" in why
+    rows = [row("ddp", 1.0, fits=False, state=90 * GIB), row("fsdp2", 1.0, fits=False, state=80 * GIB)]
+    engine, why = plan.recommend(rows, H100, 8)
+    assert engine is None and "80.0 of 77.4 GiB a GPU under fsdp2, which splits most: more GPUs" in why
+
+
+def test_one_gpu_may_offload_and_hybrid_shards_are_named_in_the_command() -> None:
+    cfg = load_config([TINY], ["global_batch=64", "micro_batch=8"])
+    alone = plan.make_plan(cfg, H100, nodes=1, per_node=1, engines=("single", "ddp", "zero3_offload"))
+    assert alone.recommended == "single" and alone.row("ddp").impossible is not None
+    offloaded = alone.row("zero3_offload")
+    assert offloaded.memory is not None and offloaded.traffic is not None
+    assert offloaded.traffic.total == 0 < offloaded.traffic.host
+    # masters, gradients twice, momentum and bf16 weights; and the copy for checkpoints, rounded up
+    assert offloaded.memory.host > 18 * alone.parameters * 0.9
+    hybrid = plan.make_plan(cfg, H100, nodes=1, per_node=8, engines=("hsdp",))
+    assert (
+        "--num_processes 8 --parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 4"
+        in plan.show(hybrid)
+    )
+    many = plan.make_plan(cfg, H100, nodes=2, per_node=4, engines=("hsdp",))
+    assert "sbatch --nodes=2 --gpus-per-node=4 launch/slurm/pretrain.sbatch hsdp --config" in plan.show(many)
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -185,6 +272,7 @@ def test_every_figure_has_a_source() -> None:
         assert "data sheet" in device.source
         assert 0 < device.usable < device.memory
         assert min(device.bf16, device.fp32, device.memory_speed, device.link, device.network) > 0
+        assert device.link > device.host_link > 0 and device.bf16 >= device.fp32
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from scaletransfer import shares
-from scaletransfer.fake_ranks import fake_ranks, local_shapes
+from scaletransfer.engine.checkpoint_copy import Part, Staging, owned
+from scaletransfer.engine.pieces import plain_pieces
+from scaletransfer.fake_ranks import fake_ranks, local_shapes, zero3_numbers
 from scaletransfer.models import create_model
-from scaletransfer.plan_bytes import ZeroRules
+from scaletransfer.plan_zero import ZeroRules
 
 CLASSES = 21_843
 """Of ImageNet-21k, as in the published head; no number of ranks below divides it."""
@@ -56,6 +59,39 @@ def test_hybrid_shards_are_those_of_one_group(world: int, group: int, shapes: di
         assert sum(size for _, size in found.values()) == planned.parameters
 
 
+def cut_by_zero3(name: str, classes: int, world: int, ranks: tuple[int, ...]) -> None:
+    pytest.importorskip("deepspeed")
+
+    def create() -> nn.Module:
+        return create_model(name, classes)
+
+    with torch.device("meta"):
+        shapes = [tuple(p.shape) for p in create().parameters()]
+    for rank in ranks:
+        assert zero3_numbers(create, world, rank) == shares.parameter_share(shapes, world)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("world", [64, 1024])
+def test_zero3_cuts_a_network_on_many_ranks_as_planned(world: int) -> None:
+    """DeepSpeed's own zero.Init; a GroupNorm of 32 channels gives most of 1,024 ranks nothing but padding."""
+    cut_by_zero3("BiT-tiny", 13, world, (0, world // 2, world - 1))
+
+
+@pytest.mark.slow
+def test_zero3_cuts_r152x4_on_many_ranks_as_planned() -> None:
+    cut_by_zero3("BiT-S-R152x4", CLASSES, 256, (255,))
+
+
+@pytest.mark.parametrize("world", [2, 3, 64, 1024])
+def test_flat_groups_are_aligned_as_deepspeed_does_it(world: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ZeRO-1 and 2: what is appended to a group before it is cut into equal parts."""
+    utils = pytest.importorskip("deepspeed.runtime.utils")
+    tensors = [torch.empty(shape, device="meta") for shape in shapes.values()]
+    aligned = utils.align_dense_tensors([t.flatten() for t in tensors], shares.ALIGNED * world)
+    assert shares.flat_share(list(shapes.values()), world) == sum(t.numel() for t in aligned) // world
+
+
 def test_fake_ranks_leave_nothing_behind() -> None:
     with fake_ranks(8, 3):
         assert (dist.get_world_size(), dist.get_rank()) == (8, 3)
@@ -85,6 +121,43 @@ def test_shares_by_hand() -> None:
     assert (bf16["zero1"].parameters, bf16["zero1"].gradients) == (38, 4 * (19 + 9))
     assert (bf16["zero2"].parameters, bf16["zero2"].gradients) == (38, 40)
     assert (bf16["zero3"].parameters, bf16["zero3"].masters) == (58, 40)
+
+
+@pytest.mark.parametrize(("world", "momentum"), [(1, True), (3, True), (3, False)])
+def test_copies_for_checkpoints_are_those_that_are_made(world: int, momentum: bool) -> None:
+    """What ``checkpoint_copy`` takes from the host for the rank that writes most, under ddp."""
+    network = create_model("BiT-tiny", 13)
+    sizes = []
+    for rank in range(world):
+        strategy = SimpleNamespace(replicas=world, replica=rank)
+        engine = SimpleNamespace(rank=rank, buffers=dict, pieces=plain_pieces(network), strategy=strategy)
+        parts = [
+            Part(f"{kind}.{piece.name}", 0, len(piece), torch.zeros(len(piece)))
+            for piece in owned(engine)  # type: ignore[arg-type]
+            for kind in ("model", "momentum")[: 1 + momentum]
+        ]
+        staging = Staging(torch.device("cpu"))
+        staging.copy(parts)
+        sizes.append(staging.bytes)
+    shapes = [tuple(p.shape) for p in network.parameters()]
+    planned = shares.copied("ddp", [shapes], world, momentum=momentum)
+    assert planned == pytest.approx(max(sizes), rel=1e-3)
+
+
+def test_copies_by_hand() -> None:
+    """19 numbers; of the larger of two row shards 11, of flat halves 10, of ZeRO-3's parts 8 + 2."""
+    groups = [[(5, 3), (4,)]]
+    copies = {
+        engine: shares.copied(engine, groups, 2) for engine in ("ddp", "fsdp2", "zero1", "zero3", "zero3_offload")
+    }
+    assert copies == {"ddp": 80, "fsdp2": 88, "zero1": 80, "zero3": 80, "zero3_offload": 80}
+    assert shares.copied("single", groups, 1) == 8 * 19
+    # two copies of the model on 4 ranks share the writing
+    assert shares.copied("hsdp", groups, 4, shards=2) == 8 * 6
+    # blocks of pinned memory: a power of two for the last, smaller one
+    assert shares.copied("single", groups, 1, pinned=True) == 4 * 64
+    large = [[(shares.COPY_BLOCK + 5,)]]
+    assert shares.copied("single", large, 1, pinned=True) == 4 * (2 * shares.COPY_BLOCK + 16)
 
 
 def test_deepspeeds_defaults_are_those_of_the_installed_release() -> None:

@@ -224,6 +224,7 @@ def _fit_memory(
         activation_checkpointing=cfg.model.activation_checkpointing,
         budget=budget,
         multiple_of=pairs,
+        copied=1 / world if cfg.checkpoint.asynchronous else 0,
     )
     chosen = replace(
         cfg,

@@ -24,9 +24,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scaletransfer.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, accumulation
+from scaletransfer.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    accumulation,
+)
 from scaletransfer.engine.assemble import make_network, make_optimizer
 from scaletransfer.engine.build import build_engine
+from scaletransfer.engine.checkpoint_saver import Saver
 from scaletransfer.engine.rehearsal import end_group
 from scaletransfer.engine.step import Batch, train_step
 from scaletransfer.engine.strategy import Strategy, asked
@@ -50,6 +58,7 @@ def configuration(case: dict[str, Any], world: int) -> PretrainConfig:
         model=ModelConfig(name=case["model"], activation_checkpointing=case["checkpointing"]),
         data=DataConfig(train="nowhere", transform="natural", image_size=case["size"], nb_classes=case["classes"]),
         optimizer=OptimizerConfig(name=case.get("optimizer", "sgd_agc")),
+        checkpoint=CheckpointConfig(asynchronous=case.get("saves", False)),
     )
 
 
@@ -64,8 +73,8 @@ class Messages(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if func.namespace == "c10d" and name in (*GATHER, *SCATTER, *REDUCE):
             # args: outputs, inputs, group, ... (in place: the tensors, group, ...)
-            groups = [a for a in tree_leaves(args) if isinstance(a, torch.ScriptObject)]
-            ranks = next((g.size() for g in groups if hasattr(g, "size")), dist.get_world_size())
+            names = [argument.name for argument in func._schema.arguments]
+            ranks = dist.ProcessGroup.unbox(args[names.index("process_group")]).size()
             ring = (ranks - 1) / ranks
             if name in REDUCE:
                 self.sent[name] += int(2 * ring * _bytes(args[0]))
@@ -91,8 +100,8 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def run(strategy: Strategy, case: dict[str, Any]) -> dict[str, Any]:
-    """What a case takes on this rank."""
+def run(strategy: Strategy, case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a case takes on this rank; ``folder``: for its checkpoints, if it saves any."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
@@ -111,6 +120,7 @@ def run(strategy: Strategy, case: dict[str, Any]) -> dict[str, Any]:
     )
     born = status("VmHWM") - base
     loss, sent = make_loss("multiclass"), Messages()
+    saver = Saver(engine, say=lambda _: None)
     peaks = []
     for step in range(STEPS):
         forget_peak()
@@ -121,6 +131,9 @@ def run(strategy: Strategy, case: dict[str, Any]) -> dict[str, Any]:
         else:
             train_step(engine, loss, _normalize, batches, 0.01)
         peaks.append(status("VmHWM") - base)
+        if case.get("saves") and step == 0:
+            saver.save(folder, 1, {}, keep=1)  # its copy stays
+            saver.wait()
     return {"born": born, "peaks": peaks, "sent": dict(sent.sent)}
 
 
@@ -138,9 +151,10 @@ def main() -> None:
     torch.set_num_threads(1)
     cases: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     strategy = asked()
-    run(strategy, WARM)  # loads libraries and kernels
-    found = {name: run(strategy, case) for name, case in cases.items()}
-    Path(sys.argv[2], f"rank-{strategy.rank}.json").write_text(json.dumps(found))
+    out = Path(sys.argv[2])
+    run(strategy, WARM, out)  # loads libraries and kernels
+    found = {name: run(strategy, case, out / "checkpoints") for name, case in cases.items()}
+    Path(out, f"rank-{strategy.rank}.json").write_text(json.dumps(found))
     end_group()
 
 
