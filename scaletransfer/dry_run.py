@@ -1,23 +1,26 @@
 """``pretrain --dry-run``: everything that a run builds, and nothing that it does.
 
     python -m scaletransfer.pretrain --config C --dry-run --fake-world 256 --engine fsdp2 [--gpu a100-40]
+    accelerate launch --config_file launch/fsdp2.yaml -m scaletransfer.pretrain --config C --dry-run --fake-world 256
     accelerate launch --config_file launch/zero2.yaml ... -m scaletransfer.pretrain --config C --dry-run
 
-With ``--fake-world`` one process stands for all ranks: data and order are opened, the batch arithmetic, the schedule
-and an earlier checkpoint are checked, the network is sharded by FSDP2 on ranks that are not there, its optimizer is
-made. DDP and DeepSpeed compare and copy real values when they start, so of them the shares are computed only. Under a
-real launcher the real engine is built and verified, and the run stops before its first step. Either prints a table and
-what would be refused, and writes nothing.
+With ``--fake-world`` one process stands for all ranks (others that a launcher starts have nothing to do): data and
+order are opened, the batch arithmetic, the schedule and the checkpoint to go on from are checked, wherever it lies, the
+network is sharded on ranks that are not there by FSDP2, whose optimizer is made as well, or by ZeRO-3. DDP holds all of
+it, and ZeRO-1 and 2 copy real values when they start: of these the shares are computed only. Under a real launcher the
+real engine is built and verified, and the run stops before its first step. Either prints a table and what would be
+refused, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,14 +28,15 @@ import torch.distributed as dist
 
 from scaletransfer.cli import CommandParser
 from scaletransfer.config import PretrainConfig, accumulation
-from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import pieces
 from scaletransfer.engine.assemble import check_continues, make_network, make_optimizer, make_schedule, run_facts
-from scaletransfer.engine.data import open_data
+from scaletransfer.engine.checkpoint_fetch import LATEST, Start, place
+from scaletransfer.engine.data import open_data, remote_settings
 from scaletransfer.engine.holdings import expected_bytes, measured_parameters
 from scaletransfer.engine.runlog import check_writable
+from scaletransfer.engine.strategy import asked
 from scaletransfer.engine.trainer import Trainer
-from scaletransfer.fake_ranks import fake_mesh, fake_ranks, shard
+from scaletransfer.fake_ranks import fake_mesh, fake_ranks, shard, zero3_numbers
 from scaletransfer.loader import ShardDataset
 from scaletransfer.optim import SGD_AGC
 from scaletransfer.order import rank_positions
@@ -41,7 +45,7 @@ from scaletransfer.plan_bytes import ENGINES
 from scaletransfer.plan_devices import find_device
 from scaletransfer.plan_job import node_shards
 from scaletransfer.schedules import lr_at
-from scaletransfer.shares import Held
+from scaletransfer.shares import Held, parameter_share
 from scaletransfer.units import local
 
 T = TypeVar("T")
@@ -109,16 +113,23 @@ def take_options(argv: Sequence[str]) -> tuple[list[str], Options | None]:
         value = getattr(mine, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
-    engine = mine.engine or ("single" if mine.fake_world == 1 else "fsdp2")
+    engine = mine.engine or ("single" if mine.fake_world == 1 else _launched() or "fsdp2")
     if mine.fake_world is not None and (engine == "single") != (mine.fake_world == 1):
         raise ValueError(f"--engine {engine} does not run on --fake-world {mine.fake_world}")
     per_node = mine.gpus_per_node or min(GPUS, mine.fake_world or GPUS)
     return rest, Options(fake_world=mine.fake_world, engine=engine, gpu=mine.gpu, per_node=per_node)
 
 
+def _launched() -> str | None:
+    """The engine of accelerate's launch file, where this was started with one."""
+    return asked().engine if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+
 def on_fake_ranks(cfg: PretrainConfig, options: Options) -> int:
     """Build the run on ranks that are not there, and print what was found. 2 where a run would be refused, else 0."""
     assert options.fake_world is not None
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     found, world = Found(), options.fake_world
     found.add("engine", f"{options.engine} on {world} fake ranks")
     steps = found.attempt(lambda: accumulation(cfg, world))
@@ -128,7 +139,7 @@ def on_fake_ranks(cfg: PretrainConfig, options: Options) -> int:
     if opened is not None:
         train, valid, names = opened
         describe_data(found, train, valid, names)
-        start = found.attempt(lambda: _resumes(cfg, train, names)) or 0
+        start = found.attempt(lambda: _resumes(found, cfg, run_facts(cfg, train, names))) or 0
         if steps is not None:
             found.attempt(lambda: describe_course(found, cfg, train, world, steps, start, validates=valid is not None))
     classes = len(opened[2]) if opened is not None else cfg.data.nb_classes or len(cfg.data.expect_labels or ())
@@ -147,14 +158,19 @@ def describe_data(found: Found, train: ShardDataset, valid: ShardDataset | None,
     found.add("outputs", f"{len(names):,} ({shown})")
 
 
-def _resumes(cfg: PretrainConfig, train: ShardDataset, names: tuple[str, ...]) -> int:
-    """The step of the checkpoint from which the run would go on, 0 without one; ValueError where it may not."""
-    latest = checkpoints.find_latest(Path(cfg.run_dir) / cfg.name / "checkpoints")
-    if latest is None:
-        return 0
-    opened = checkpoints.open_checkpoint(latest)
-    check_continues(opened, run_facts(cfg, train, names))
-    return int(opened.step)
+def _resumes(found: Found, cfg: PretrainConfig, facts: dict[str, Any]) -> int:
+    """The step from which the run would go on, 0 for its beginning; ValueError where it may not. Nothing is fetched."""
+    start = Start(
+        Path(cfg.run_dir) / cfg.name / "checkpoints",
+        place(cfg.checkpoint.resume, cfg.checkpoint.upload, cfg.name),
+        demanded=cfg.checkpoint.resume != LATEST,
+        accept=lambda checkpoint: check_continues(checkpoint, facts),
+        remote=remote_settings(cfg.data.remote),
+    )
+    step, where = start.peek()
+    if where:
+        found.add("goes on from", f"{where}, step {step:,}")
+    return step
 
 
 def describe_course(
@@ -208,8 +224,10 @@ def _build(found: Found, cfg: PretrainConfig, options: Options, classes: int) ->
     row = planner.row(engine, 0)
     if row.impossible is not None:
         raise ValueError(f"{engine} on {world} ranks: {row.impossible}")
-    held = planner.estimator(world, cfg.micro_batch, planner.checkpointing).job.held(engine)
-    found.add("precision", f"{planner.precision}, fp32 masters")
+    job = planner.estimator(world, cfg.micro_batch, planner.checkpointing).job
+    held = job.held(engine)
+    guessed = "" if options.gpu or cfg.precision != "auto" else f" (on {'GPUs' if cuda else 'CPUs'}; --gpu says where)"
+    found.add("precision", f"{planner.precision}, fp32 masters{guessed}")
     found.add("optimizer", cfg.optimizer.name)
     _describe_bytes(found, row, held, device.usable if options.gpu else None)
     if engine in ("fsdp2", "hsdp"):
@@ -222,6 +240,15 @@ def _build(found: Found, cfg: PretrainConfig, options: Options, classes: int) ->
                 raise ValueError(
                     f"rank {rank} of {world} would hold {made:,} bytes of parameters, not {held.parameters:,}"
                 )
+    elif engine in ("zero3", "zero3_offload"):
+        cut = zero3_numbers(lambda: make_network(cfg.model, classes), world, 0)
+        share = parameter_share(job.shapes, world)
+        if cut is None:
+            found.add("built", "shares computed; DeepSpeed is not installed here")
+        elif cut == share:
+            found.add("rank 0", f"{cut:,} numbers, cut by DeepSpeed's zero.Init: as planned")
+        else:
+            raise ValueError(f"rank 0 of {world} would hold {cut:,} numbers by DeepSpeed's zero.Init, not {share:,}")
     else:
         found.add("built", "shares computed; this engine does not start on fake ranks")
 
@@ -231,6 +258,10 @@ def _describe_bytes(found: Found, row: Row, held: Held, usable: int | None) -> N
     for name in ("parameters", "masters", "gradients", "momentum"):
         found.add(f"bytes of {name}", f"{getattr(held, name):,} a rank")
     found.add("fullest moment", f"{row.memory.total:,} bytes a rank, in {row.memory.moment}")
+    for size, where in ((row.memory.copy, "counted above"), (row.memory.host, "of the host's memory")):
+        if size:
+            what = "what is offloaded, and copies" if row.engine == "zero3_offload" and row.memory.host else "copies"
+            found.add("on the host", f"{size:,} bytes a rank, {where}: {what} from which checkpoints are written")
     found.add("sent", f"{row.traffic.total:,} bytes a rank and step")
     if usable is not None and not row.fits:
         raise ValueError(
@@ -262,13 +293,15 @@ def on_real_ranks(cfg: PretrainConfig, trainer: Trainer) -> None:
     found.add("engine", f"{strategy.engine} ({kind}) on {engine.world} ranks, verified as built")
     found.add("precision", f"{engine.precision}, fp32 masters")
     found.add("optimizer", type(engine.optimizer).__name__)
+    if engine.rank:
+        return
     describe_data(found, trainer.train, trainer.valid, trainer.names)
+    start = _resumes(found, cfg, trainer.facts)
     describe_course(
-        found, cfg, trainer.train, engine.world, engine.accumulation, trainer.start, validates=trainer.valid is not None
+        found, cfg, trainer.train, engine.world, engine.accumulation, start, validates=trainer.valid is not None
     )
     found.add("bytes of parameters", f"{measured_parameters(engine):,} on rank 0, expected {expected.parameters:,}")
     for name, size in dataclasses.asdict(expected).items():
         if name != "parameters":
             found.add(f"bytes of {name}", f"expected {size:,} in the first step")
-    if engine.rank == 0:
-        print(found.text(f"{cfg.name}: what would be trained"))
+    print(found.text(f"{cfg.name}: what would be trained"))

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_run import CONFIG, launch_to_end, make_shards, write_config
+from helpers_run import CONFIG, launch_to_end, make_shards, run_single, write_config
 
 from scaletransfer import plan_check, pretrain
 from scaletransfer.config import load_config
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.models import create_model
 from scaletransfer.plan_check import check_memory, share_of
+
+pytest_plugins = ("helpers_s3",)
 
 WIDE = CONFIG.replace("global_batch: 16", "global_batch: 64").replace("micro_batch: 4", "micro_batch: 1")
 """64 ranks with one image each; an epoch of the 64 samples is one step."""
@@ -62,13 +64,65 @@ def test_64_fake_ranks_are_built_and_verified(engine: str, config: Path, capsys:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
-def test_of_other_engines_shares_are_computed(engine: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_engines_on_64_fake_ranks(engine: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = dry(config, capsys, "--fake-world", "64", "--engine", engine)
     assert status == 0, out
-    assert "shares computed; this engine does not start on fake ranks" in out
+    if engine.startswith("zero3"):
+        assert "numbers, cut by DeepSpeed's zero.Init: as planned" in out
+    else:
+        assert "shares computed; this engine does not start on fake ranks" in out
+    copied = int(re.findall(r"on the host +([\d,]+) bytes a rank, counted above", out)[0].replace(",", ""))
+    assert copied == pytest.approx(8 * parameters() / 64, rel=0.1)
     whole = 4 * parameters()
     momentum = int(re.findall(r"bytes of momentum +([\d,]+)", out)[0].replace(",", ""))
     assert momentum == whole if engine == "ddp" else momentum < whole / 32
+
+
+@pytest.mark.parametrize(
+    ("environment", "engine"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "WORLD_SIZE": "2"}, "zero2"),
+        ({"WORLD_SIZE": "2"}, "ddp"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}, "fsdp2"),
+    ],
+)
+def test_the_launch_file_says_which_engine(
+    environment: dict[str, str],
+    engine: str,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "RANK": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    status, out = dry(config, capsys, "--fake-world", "64")
+    assert status == 0 and f"{engine} on 64 fake ranks" in out
+    assert "hsdp on 64 fake ranks" in dry(config, capsys, "--fake-world", "64", "--engine", "hsdp")[1]
+    monkeypatch.setenv("RANK", "1")
+    assert dry(config, capsys, "--fake-world", "64") == (0, "")
+
+
+def test_what_a_run_goes_on_from_elsewhere_is_checked_and_not_fetched(
+    tmp_path: Path, s3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resume s3://...: on fake ranks and on a real one; nothing is written."""
+    config = write_config(tmp_path, make_shards(tmp_path), WIDE)
+    run_single(config, "name=first", "checkpoint.upload=s3://shards/dry", "validate.every_epochs=null")
+    capsys.readouterr()
+    for fake in (["--fake-world", "64"], []):
+        status, out = dry(config, capsys, *fake, "--resume", "s3://shards/dry/first", "name=second", "epochs=6")
+        assert status == 0, out
+        assert re.search(r"goes on from +s3://shards/dry/first/step-00000004, step 4$", out, re.MULTILINE), out
+        assert re.search(r"steps +6, of which 4 are done$", out, re.MULTILINE), out
+        assert "in step 5" not in out and "nothing would be refused" in out
+    status, out = dry(config, capsys, "--fake-world", "64", "--resume", "s3://shards/dry/first", "name=x", "seed=4")
+    assert status == 2 and "was made with seed 3, but this run has 4: a run cannot change it on the way" in out
+    status, out = dry(config, capsys, "--fake-world", "64", "--resume", "s3://shards/dry/nobody", "name=x")
+    assert status == 2 and "--resume s3://shards/dry/nobody: there is no complete checkpoint (step-*/COMPLETE)" in out
+    s3.kill()
+    hasty = ("data.remote.attempts=1", "data.remote.timeout=5")
+    status, out = dry(config, capsys, "--fake-world", "64", "--resume", "s3://shards/dry/first", "name=x", *hasty)
+    assert status == 2 and "s3://shards/dry/first" in out.split("would be refused:")[1]
 
 
 def test_everything_that_would_be_refused_is_said_at_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,4 +196,14 @@ def test_what_certainly_does_not_fit_is_refused_before_it_is_made(
     monkeypatch.setattr(plan_check, "available", lambda _: 10 * 2**30)
     check_memory(cfg, strategy("fsdp2", 2), 21_842)
     assert "note: fsdp2 on 2 ranks holds 6.2 GiB a rank" in capsys.readouterr().out
+    # the copies for checkpoints, 4.1 GiB a rank, are on the host as well
+    monkeypatch.setattr(plan_check, "installed", lambda: 20 * 2**30)
+    sentence = r"write checkpoints take 8\.2 GiB on this host beside 12\.4 GiB .*: set checkpoint\.asynchronous=false"
+    with pytest.raises(ValueError, match=sentence):
+        check_memory(cfg, strategy("fsdp2", 2), 21_842)
+    waiting = load_config(
+        ["configs/imagenet21k_bit152x4.yaml"],
+        ["global_batch=8", "micro_batch=2", "precision=fp32", "checkpoint.asynchronous=false"],
+    )
+    check_memory(waiting, strategy("fsdp2", 2), 21_842)
     assert share_of(cfg, strategy("zero3", 2), 21_842).momentum == pytest.approx(2 * 1_107_291_730, rel=1e-3)

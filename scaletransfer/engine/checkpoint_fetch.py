@@ -80,15 +80,11 @@ def fetch(
     Raises:
         ValueError: it is damaged, or the storage or the disk fails. OSError: another process saves in ``root``.
     """
-    manifest, marker = (storage.read_bytes(storage.join(url, name), remote) for name in (MANIFEST, MARKER))
-    step = int(url.rstrip("/")[-8:])
-    found = parse(root / folder_name(step), manifest, marker, where=shown(url))
-    if found.step != step:
-        raise ValueError(f"{shown(url)} holds step {found.step}: give the folder the name that it had")
+    found, manifest = _described(url, root, remote)
     accept(found)
     with checkpoint_save.hold(root):
         checkpoint_save.clear(root)
-        temporary = checkpoint_save.hidden(root, step, secrets.token_hex(8))
+        temporary = checkpoint_save.hidden(root, found.step, secrets.token_hex(8))
         temporary.mkdir()
         try:
             with ThreadPoolExecutor(_THREADS) as pool:
@@ -98,6 +94,16 @@ def fetch(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return open_checkpoint(found.folder)
+
+
+def _described(url: str, root: Path, remote: RemoteSettings) -> tuple[Checkpoint, bytes]:
+    """What the manifest at ``url`` says, as a checkpoint that is to be in ``root``; and the manifest's bytes."""
+    manifest, marker = (storage.read_bytes(storage.join(url, name), remote) for name in (MANIFEST, MARKER))
+    step = int(url.rstrip("/")[-8:])
+    found = parse(root / folder_name(step), manifest, marker, where=shown(url))
+    if found.step != step:
+        raise ValueError(f"{shown(url)} holds step {found.step}: give the folder the name that it had")
+    return found, manifest
 
 
 def _file(url: str, folder: Path, name: str, expected: str, remote: RemoteSettings) -> None:
@@ -146,8 +152,29 @@ class Start:
         if step >= 0 and (self.found is None or self.found.step != step):
             self.found = open_checkpoint(self.root / folder_name(step))
 
+    def peek(self) -> tuple[int, str]:
+        """(step, where) of the checkpoint from which the run would go on, (0, "") for none; nothing is fetched.
+
+        Raises:
+            ValueError: as ``look``, but for damage that its manifest does not show.
+        """
+        newer = None if self.place is None else self._newer()
+        if newer is not None:
+            self.accept(_described(newer[1], self.root, self.remote)[0])
+            return newer[0], shown(newer[1])
+        return (0, "") if self.found is None else (self.found.step, str(self.found.folder))
+
     def _fetched(self) -> int:
         """The step from which to go on, once it is in ``root``; -1 for none. Rank 0 calls this."""
+        newer = self._newer()
+        if newer is None:
+            return -1 if self.found is None else self.found.step
+        print(f"fetching {shown(newer[1])}", flush=True)
+        fetch(newer[1], self.root, self.accept, self.remote)
+        return newer[0]
+
+    def _newer(self) -> tuple[int, str] | None:
+        """(step, URL) of a checkpoint in ``place`` that is newer than the run's own, if there is one."""
         assert self.place is not None
         own = -1 if self.found is None else self.found.step
         try:
@@ -156,17 +183,14 @@ class Start:
             if own < 0 or self.demanded:
                 raise
             print(f"note: looking for a newer checkpoint failed, going on from step {own}: {error}", file=sys.stderr)
-            return own
+            return None
         if there is None and own < 0 and self.demanded:
             raise ValueError(f"--resume {shown(self.place)}: there is no complete checkpoint (step-*/{MARKER}) in it")
         if there is None or there[0] <= own:
             if self.demanded and own >= 0:
                 print(f"note: the run's own checkpoint of step {own} is not older than those in {shown(self.place)}")
-            return own
-        step, url = there
-        print(f"fetching {shown(url)}", flush=True)
-        fetch(url, self.root, self.accept, self.remote)
-        return step
+            return None
+        return there
 
 
 def _together(work: Callable[[], int], rank: int, device: torch.device) -> int:
