@@ -38,12 +38,12 @@ class Bytes:
     state: int
 
 
-def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
+def expected_bytes(engine: Engine, momentum: int) -> Bytes:
     """What the strategy should hold on this rank, from shapes, ranks and precision, and from where the
     engine cuts (``pieces``) what ZeRO-1 and 2 hold beyond a share.
 
-    Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
-    or a rank's share with each engine's own rounding.
+    Counted are parameters with fp32 masters, the gradients that live between backward and step, and ``momentum``
+    tensors of optimizer state for each: whole, or a rank's share with each engine's own rounding.
     """
     shapes, world, name = engine.shapes.values(), engine.strategy.shards, engine.strategy.engine
     whole = sum(math.prod(shape) for shape in shapes)
@@ -87,6 +87,8 @@ def measured_parameters(engine: Engine) -> int:
     tensors: list[Tensor] = [piece.holder for piece in engine.pieces]
     if not engine.strategy.fsdp:
         for p in engine.module.parameters():
+            if not p.requires_grad:  # frozen: it has no master, gradient or state
+                continue
             tensors.append(p.data)
             if hasattr(p, "ds_tensor"):
                 tensors.append(p.ds_tensor)
