@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scaletransfer.metrics import (
+    PER_CLASS,
     Booleans,
     Floats,
     Integers,
@@ -25,6 +26,8 @@ from scaletransfer.metrics import (
 
 CHUNK = 1 << 18  # weights (resamples x images) that are worked on together: 1 MB, which stays in the cache
 CLASS_LIMIT = 200
+LEAST = 1e-12
+"""The least probability that a loss takes a logarithm of, where probabilities were given and not logits."""
 
 
 def intervals(
@@ -50,12 +53,13 @@ def intervals(
         samples: how many resamples, each of as many units as there are.
         seed: of numpy's Philox generator; the same seed gives the same intervals.
         level: share of the resamples that lies inside an interval.
-        class_limit: with more classes than this, only the accuracy has an interval, the means and classes are left out
-            (None and {}): their cost is images x classes x resamples, about 7 s for 10,000 x 100 x 1,000.
+        class_limit: with more classes than this, only loss and accuracies have intervals, means and classes are left
+            out (None and {}): their cost is images x classes x resamples, about 7 s for 10,000 x 100 x 1,000.
 
     Returns:
-        ``accuracy``, ``mean_auroc`` and ``mean_average_precision``: [low, high]; ``classes``: per name ``auroc`` and
-        ``average_precision``, the same; ``unit`` ("patient" or "image"), ``units`` (their number), ``samples`` and
+        ``accuracy``, ``accuracy_top5`` (multi-class of 5 classes or more), ``loss`` (mean negative log-likelihood of
+        the known targets) and ``mean_<metric>`` for the five of ``metrics.PER_CLASS``: [low, high]; ``classes``: per
+        name these five, the same; ``unit`` ("patient" or "image"), ``units`` (their number), ``samples`` and
         ``level``. A class that lacks an outcome in a resample takes no part in that resample's means, and its own
         interval is over the resamples where it has both. Without any such resample, and where there are fewer than two
         units to draw from, the interval is None.
@@ -70,40 +74,54 @@ def intervals(
         predicted = table.score > (0.0 if from_logits else 0.5)
         right = ((predicted == (table.truth == 1)) & table.known).sum(axis=1)
         counted = table.known.sum(axis=1)
+        totals = {"accuracy": right, "loss": log_loss(table.score, table.truth, from_logits)}
+        outcomes, alarms = (table.truth == 1) & table.known, predicted & table.known
+        known = table.known
         classes: Iterator[_Class] = (
             _Class.of(table.score[:, c], table.truth[:, c] == 1, np.flatnonzero(table.known[:, c]))
             for c in range(len(names))
         )
     elif task == "multiclass":
         score, truth = check_multiclass(scores, target, names)
-        right, counted = (rank_of_target(score, truth)[0] < 1).astype(np.int64), np.ones_like(truth)
+        rank, first = rank_of_target(score, truth)
+        counted = np.ones_like(truth)
+        totals = {"accuracy": (rank < 1).astype(np.int64), "loss": log_loss(score, truth, from_logits)}
+        if len(names) >= 5:
+            totals["accuracy_top5"] = (rank < 5).astype(np.int64)
+        each = np.arange(len(names) if len(names) <= class_limit else 0)
+        outcomes, alarms = truth[:, None] == each, first[:, None] == each
+        known = np.ones_like(outcomes)
         every = np.arange(len(truth))
         columns = class_scores(score, from_logits=from_logits)
         classes = (_Class.of(column, truth == c, every) for c, column in columns)
     else:
         raise ValueError(f"The task of bootstrap intervals must be multilabel or multiclass, not {task!r}.")
-    unit_of, patients = _units(groups, len(right))
+    unit_of, patients = _units(groups, len(counted))
     units = int(unit_of.max()) + 1 if len(unit_of) else 0
     ranked = list(classes) if len(names) <= class_limit else []
-    accuracy = np.full(samples, np.nan)
-    per_class = np.full((2, samples, len(ranked)), np.nan)
+    whole = {key: np.full(samples, np.nan) for key in totals}
+    per_class = np.full((len(PER_CLASS), samples, len(ranked)), np.nan)
+    # of each class: positives, negatives, predictions, right ones
+    tables = (outcomes, known & ~outcomes, alarms, outcomes & alarms)
+    counts = np.hstack(tables).astype(np.float64) if ranked else np.zeros((len(counted), 0))
     generator = np.random.Generator(np.random.Philox(seed))
-    step = max(1, CHUNK // max(1, len(right)))
+    step = max(1, CHUNK // max(1, len(counted)))
     for start in range(0, samples if units > 1 else 0, step):
         chunk = slice(start, min(start + step, samples))
         weights = _draws(generator, units, chunk.stop - start)[:, unit_of]
-        hits, total = weights @ right, weights @ counted
-        np.divide(hits, total, out=accuracy[chunk], where=total > 0)
+        total = weights @ counted
+        for key, values in totals.items():
+            np.divide(weights @ values, total, out=whole[key][chunk], where=total > 0)
         for index, one in enumerate(ranked):
-            per_class[:, chunk, index] = one.rank(weights)
+            per_class[:2, chunk, index] = one.rank(weights)
+        if ranked:
+            per_class[2:, chunk] = _thresholded(weights.astype(np.float64) @ counts)
     ends = [(1 - level) / 2, (1 + level) / 2]
-    auroc, precision = per_class
     return {
-        "accuracy": _interval(accuracy, ends),
-        "mean_auroc": _interval(_mean(auroc), ends),
-        "mean_average_precision": _interval(_mean(precision), ends),
+        **{key: _interval(values, ends) for key, values in whole.items()},
+        **{f"mean_{key}": _interval(_mean(values), ends) for key, values in zip(PER_CLASS, per_class, strict=True)},
         "classes": {
-            name: {"auroc": _interval(auroc[:, i], ends), "average_precision": _interval(precision[:, i], ends)}
+            name: {key: _interval(values[:, i], ends) for key, values in zip(PER_CLASS, per_class, strict=True)}
             for i, name in enumerate(names[: len(ranked)])
         },
         "unit": "patient" if patients else "image",
@@ -111,6 +129,31 @@ def intervals(
         "samples": samples,
         "level": level,
     }
+
+
+def log_loss(score: npt.NDArray[np.floating[Any]], truth: npt.NDArray[Any], from_logits: bool) -> Floats:
+    """float64 [n]: each image's negative log-likelihood, summed over its known labels. Arguments as ``intervals``."""
+    from scipy.special import log_expit, log_softmax  # here, as it takes a while to import
+
+    values = score.astype(np.float64)
+    if truth.ndim == 1:
+        logs = log_softmax(values, axis=1) if from_logits else np.log(np.maximum(values, LEAST))
+        return np.asarray(-np.take_along_axis(logs, truth[:, None], axis=1)[:, 0])
+    yes, no = (log_expit(values), log_expit(-values)) if from_logits else _logs(values)
+    return np.asarray(-np.where(truth == 1, yes, np.where(truth == 0, no, 0.0)).sum(axis=1))
+
+
+def _logs(probability: Floats) -> tuple[Floats, Floats]:
+    return np.log(np.maximum(probability, LEAST)), np.log(np.maximum(1 - probability, LEAST))
+
+
+def _thresholded(counts: Floats) -> Floats:
+    """[3, b, L] precision, recall and F1 of counts [b, 4 L] as ``intervals`` draws them; NaN without both outcomes."""
+    positives, negatives, alarms, hits = np.split(counts, 4, axis=1)
+    pairs = ((hits, alarms), (hits, positives), (2 * hits, alarms + positives))
+    found = np.stack([np.divide(a, b, out=np.zeros_like(a), where=b > 0) for a, b in pairs])
+    found[:, (positives == 0) | (negatives == 0)] = np.nan
+    return np.asarray(found)
 
 
 class _Class(NamedTuple):

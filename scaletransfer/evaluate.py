@@ -2,6 +2,7 @@
 
     scaletransfer evaluate MODEL --images DIR --split test
     scaletransfer evaluate MODEL --shards shards/chexpert --split valid --out results/chexpert
+    scaletransfer evaluate --predictions results/chexpert/predictions.csv
 
 MODEL is an exported folder (model.safetensors and model.json), or a fine-tuning run. Its file says how images are
 prepared and what its outputs mean; data with other labels is refused.
@@ -12,46 +13,52 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scaletransfer import keys
 from scaletransfer.cli import CommandParser, callable_module, run_command
 from scaletransfer.engine.build import resolve_precision
-from scaletransfer.engine.evaluate import Inference, predict
+from scaletransfer.engine.evaluate import Inference, predict, titles_of
 from scaletransfer.engine.rehearsal import end_group, make_accelerator
 from scaletransfer.engine.strategy import asked
+from scaletransfer.files import json_bytes, write_atomically
 from scaletransfer.fused import Fused, build_fused
 from scaletransfer.image_check import check_images
 from scaletransfer.index import from_records, load_index
 from scaletransfer.labels import LabelPolicy
 from scaletransfer.loader import EvalSampler, ShardDataset
-from scaletransfer.losses import make_loss
 from scaletransfer.models import create_model
 from scaletransfer.models.weights import load_into, load_pretrained
 from scaletransfer.sources import named_values
 from scaletransfer.sources.image_folder import ImageFolder
 from scaletransfer.streams import batches, dead_workers_named, make_loader
-from scaletransfer.transfer.data import Target, default_split, make_target, open_official, shortened
+from scaletransfer.transfer.data import Target, default_split, forced, make_target, open_official, shortened
 from scaletransfer.transfer.network import check_card
-from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions
+from scaletransfer.transfer.predictions import PREDICTIONS, Part, read_predictions, write_predictions
+from scaletransfer.transfer.scores import lines, summarise
 from scaletransfer.transforms import Normalizer, bit_transform, build_transform
+
+METRICS = "metrics.json"
 
 
 def evaluate(
     model: str | Path,
     *,
     images: str | Path | None = None,
-    shards: str | Path | None = None,
+    shards: str | Path | Sequence[str | Path] | None = None,
     source: str | None = None,
     root: str | Path | None = None,
     protocol: str | None = None,
     views: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     salt_file: str | Path | None = None,
+    multilabel_force_classification: bool = False,
     split: str | None = None,
     out: str | Path | None = None,
     batch: int = 32,
@@ -59,12 +66,13 @@ def evaluate(
     precision: str = "auto",
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Metrics of a model on one split, as ``metrics.multilabel_report`` or ``multiclass_report``, with "loss" and
-    "intervals"; ``out`` gets them as metrics.json and every prediction as predictions.csv.
+    """Scores of a model on one split, as ``transfer.scores.summarise`` has them; ``out`` gets them as metrics.json and
+    every prediction as predictions.csv.
 
-    protocol, views, options, salt_file: of ``source``, as ``make_shards`` has them; None takes those that the model was
-    fine-tuned with, if that was on the same source, since another split may hold what it was trained on. split: None is
-    valid, or test where there is no valid.
+    shards: one folder or several, which are scored together and each alone. protocol, views, options, salt_file: of
+    ``source``, as ``make_shards`` has them; None takes those that the model was fine-tuned with, if that was on the
+    same source, since another split may hold what it was trained on. split: None is valid, or test where there is no
+    valid. multilabel_force_classification: as in fine-tuning.
 
     Raises:
         ValueError: a model without model.json, data whose labels are not the model's, unreadable images.
@@ -74,16 +82,24 @@ def evaluate(
     path, state, card = open_model(Path(model))
     policy = LabelPolicy(**card["policy"]) if card.get("policy") else LabelPolicy()
     given: dict[str, Any] = {"protocol": protocol, "views": views, "options": options, "salt_file": salt_file}
-    inherited = as_trained(card, source, given)
-    target = open_labelled(images=images, shards=shards, source=source, root=root, policy=policy, given=given)
-    strategy = asked(cuda=torch.cuda.is_available())
-    said = [*inherited, *target.notes]
-    if split is None:
-        split, note = default_split(target.index, source)
+    said = as_trained(card, source, given)
+    several = [shards] if shards is None or isinstance(shards, str | Path) else list(shards)
+    targets = []
+    for folder in several:
+        target = open_labelled(images=images, shards=folder, source=source, root=root, policy=policy, given=given)
+        if multilabel_force_classification:
+            target = forced(target)
+        said += target.notes
+        if split is None:
+            split, note = default_split(target.index, source)
+            said += [note] if note else []
+        target, note = fit_labels(path, card, target, split)
         said += [note] if note else []
-    check_labels(path, card, target, split)
+        targets.append(target)
+    strategy = asked(cuda=torch.cuda.is_available())
     if said and strategy.rank == 0:
         print("\n".join(said))
+    assert split is not None
     accelerator = make_accelerator(strategy)
     network = create_model(card["model"], card["num_classes"])
     load_into(network, state)
@@ -92,10 +108,10 @@ def evaluate(
     inference = Inference(
         module=network, device=accelerator.device, precision=chosen, world=strategy.world, rank=strategy.rank
     )
-    transform, channels = prepare(card["transform"], target)
-    depth = 8 if channels == 3 else target.depth
-    data = ShardDataset([target.source(split)], None, transform, channels, 0, depth=depth)
-    if target.index.in_memory and strategy.rank == 0:
+    transform, channels = prepare(card["transform"], targets[0])
+    depth = 8 if channels == 3 else targets[0].depth
+    data = ShardDataset([target.source(split) for target in targets], None, transform, channels, 0, depth=depth)
+    if targets[0].index.in_memory and strategy.rank == 0:
         rows = [torch.arange(len(data)).numpy()]
         check_images(data.sources, rows, channels=channels, depth=depth, workers=workers)
     normal = card["normalisation"]
@@ -104,18 +120,77 @@ def evaluate(
     with dead_workers_named():
         stream = batches(make_loader(data, sampler, workers))
         predicted = predict(inference, normalize, stream, progress=strategy.rank == 0)
-    loss = make_loss(target.task)  # type: ignore[arg-type]
-    found = scores(loss, predicted, target.index, split, target.names, resamples=resamples)
+    found = score_parts(data, predicted, resamples)
     if strategy.rank == 0:
-        print(f"{path} ({card['model']}) on the split {split} of {target.index.where}")
-        print(lines(found, target.names))
+        print(f"{path} ({card['model']}) on the split {split} of {' and '.join(t.index.where for t in targets)}")
+        print(lines(found, targets[0].names))
         if out is not None:
-            folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_predictions(folder / PREDICTIONS, target.task, predicted, target.index, split, target.names)
-            (folder / "metrics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(f"{folder}: {PREDICTIONS}, metrics.json")
+            write_scores(Path(out), found)
+            write_predictions(Path(out) / PREDICTIONS, card["task"], parts_of(data, predicted), targets[0].names)
+            print(f"{out}: {PREDICTIONS}, {METRICS}")
     return found
+
+
+def parts_of(data: ShardDataset, predicted: dict[str, np.ndarray]) -> list[Part]:
+    """What was predicted of each source, with positions that are rows of its table."""
+    which, rows = data.locate(predicted["position"])
+    whole = {**predicted, "position": rows}
+    return [
+        ({key: values[which == number] for key, values in whole.items()}, source.index, source.split)
+        for number, source in enumerate(data.sources)
+    ]
+
+
+def score_parts(data: ShardDataset, predicted: dict[str, np.ndarray], resamples: int) -> dict[str, Any]:
+    """``summarise`` of all sources together, and of each where there are several."""
+    which, rows = data.locate(predicted["position"])
+    groups, first = np.full(len(which), -1, dtype=np.int64), 0
+    for number, source in enumerate(data.sources):
+        patients = source.index.table(source.split)["patient"][rows[which == number]].astype(np.int64)
+        groups[which == number] = np.where(patients < 0, -1, patients + first)
+        first += int(source.index.table(source.split)["patient"].max(initial=-1)) + 1
+    titles = titles_of([source.index.source for source in data.sources])
+    return summarise(
+        predicted["logits"],
+        predicted["target"],
+        data.sources[0].names,
+        data.sources[0].index.task,
+        groups=groups,
+        sources=[titles[number] for number in which],
+        resamples=resamples,
+    )
+
+
+def evaluate_predictions(path: str | Path, *, out: str | Path | None = None, resamples: int = 1000) -> dict[str, Any]:
+    """The scores of a predictions file, without model and images: ``transfer.scores.summarise``, and metrics.json in
+    ``out``.
+
+    Raises:
+        ValueError: no such file, or one that is none.
+    """
+    read = read_predictions(Path(path))
+    found = summarise(
+        read.probability,
+        read.target,
+        read.names,
+        read.task,
+        groups=read.groups,
+        sources=read.sources,
+        resamples=resamples,
+        from_logits=False,
+    )
+    print(f"{path}: {len(read.keys)} images, {len(read.names)} {'labels' if read.task == 'multilabel' else 'classes'}")
+    print(lines(found, read.names))
+    if out is not None:
+        write_scores(Path(out), found)
+        print(f"{out}: {METRICS}")
+    return found
+
+
+def write_scores(folder: Path, found: dict[str, Any]) -> None:
+    """Write metrics.json into the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / METRICS, json_bytes(found))
 
 
 def open_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -181,19 +256,30 @@ def as_trained(card: Mapping[str, Any], source: str | None, given: dict[str, Any
     return [f"note: {shown}, as the model was trained"] if taken else []
 
 
-def check_labels(path: Path, card: dict[str, Any], target: Target, split: str) -> None:
-    """ValueError unless the data's task, label names and their order are the model's and the split is there."""
+def fit_labels(path: Path, card: dict[str, Any], target: Target, split: str) -> tuple[Target, str]:
+    """The data with the model's labels, and a sentence where it has more than these.
+
+    Raises:
+        ValueError: another task, other label names or another order of them, or no such split.
+    """
+    named, names = tuple(card["label_names"]), target.names
     if card["task"] != target.task:
-        raise ValueError(f"{path} is a {card['task']} model but {target.index.where} is {target.task}")
-    if tuple(card["label_names"]) != target.names:
+        more = " (--multilabel-force-classification makes classes of it)" if card["task"] == "multiclass" else ""
+        raise ValueError(f"{path} is a {card['task']} model but {target.index.where} is {target.task}{more}")
+    note = ""
+    if target.task == "multilabel" and set(named) < set(names):
+        note = f"note: {len(named)} of the {len(names)} labels of {target.index.where} are the model's and are scored"
+        target = replace(target, names=named)
+    if named != target.names:
         raise ValueError(
-            f"label names do not fit: {path} has {shortened(card['label_names'])}; {target.index.where} has "
-            f"{shortened(target.names)}; evaluate on data with the same labels in the same order, or fine-tune first"
+            f"label names do not fit: {path} has {shortened(named)}; {target.index.where} has "
+            f"{shortened(names)}; evaluate on data with the same labels in the same order, or fine-tune first"
         )
     if split not in target.index.splits:
         raise ValueError(
             f"{target.index.where} has no split {split!r}, only {', '.join(target.index.splits)}: give one by --split"
         )
+    return target, note
 
 
 def prepare(transform: dict[str, Any], target: Target) -> tuple[Callable[[Any], Tensor] | Fused, int]:
@@ -212,9 +298,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="scaletransfer evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model folder, or a fine-tuning run")
+    parser.add_argument(
+        "model", type=Path, nargs="?", metavar="MODEL", help="exported model folder, or a fine-tuning run"
+    )
+    parser.add_argument(
+        "--predictions", type=Path, metavar="F.csv", help="score a predictions file again, without model and images"
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images, one folder a class")
-    parser.add_argument("--shards", metavar="DIR", help="a folder made by make_shards, or its URL")
+    parser.add_argument(
+        "--shards",
+        action="append",
+        metavar="DIR",
+        help="a folder made by make_shards, or its URL; given again: several are scored together and each alone",
+    )
     parser.add_argument("--source", metavar="NAME", help="a data set read from its own files in --root")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the folder of that data set")
     parser.add_argument("--protocol", choices=["corrected", "paper"], help="splits of --source (default: the model's)")
@@ -224,6 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--salt-file", type=Path, metavar="F", help="secret that keys of --source are made with (default: yours)"
+    )
+    parser.add_argument(
+        "--multilabel-force-classification",
+        action="store_true",
+        help="of a multi-label set the images with exactly one label, as classes",
     )
     parser.add_argument("--split", help="train, valid or test (default: valid, or test where there is no valid)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for predictions.csv and metrics.json")
@@ -235,6 +336,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least in (("batch", 1), ("workers", 0), ("bootstrap", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} is {getattr(options, name)}: give {least} or more")
+    if options.predictions is not None:
+        if options.model is not None or options.images or options.shards or options.source:
+            raise ValueError("--predictions has all that is needed: leave MODEL and the data out")
+        evaluate_predictions(options.predictions, out=options.out, resamples=options.bootstrap)
+        return 0
+    if options.model is None:
+        raise ValueError("which model? Give MODEL and its data, or --predictions F.csv")
     evaluate(
         options.model,
         images=options.images,
@@ -245,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         views=options.views,
         options=named_values(options.option),
         salt_file=options.salt_file,
+        multilabel_force_classification=options.multilabel_force_classification,
         split=options.split,
         out=options.out,
         batch=options.batch,

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from scaletransfer.cli import CommandParser
-from scaletransfer.engine.checkpoint import CHUNK, Checkpoint, find_latest, open_checkpoint
+from scaletransfer.engine.checkpoint import CHUNK, Checkpoint, find_latest, for_use, open_checkpoint
 from scaletransfer.tensor_file import locate, write_tensors
 
 FORMAT_VERSION = 1
@@ -74,6 +74,7 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
     Raises:
         ValueError: ``to`` holds something already, or bytes that differ from what the training process had.
     """
+    checkpoint = for_use(checkpoint)
     to = Path(os.path.abspath(to))  # "." has no name to put a temporary folder beside
     if to.exists() and not to.is_dir():
         raise ValueError(f"{to} is a file: give a folder to --to")

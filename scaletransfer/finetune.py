@@ -37,13 +37,22 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "examples_per_class": (("--examples-per-class", "--examples_per_class"), "N", "few-shot: so many a class"),
     "seed": (("--seed",), "S", "of selection, order, augmentation and drawn values (default 0)"),
     "steps": (("--steps",), "K", "another length than BiT-HyperRule's; its schedule keeps its shape"),
+    "data.train_ratio": (("--train-ratio", "--train_ratio"), "R", "train on this share of the images, by patient"),
+    "data.valid_ratio": (("--valid-ratio", "--valid_ratio"), "R", "hold this share of them out for validation"),
+    "data.valid_seed": (("--valid-seed", "--valid_seed"), "S", "of what --valid-ratio holds out (default 0)"),
+    "model.freeze_through": (("--freeze-through",), "PART", "leave the network up to there as it is, such as block3"),
     "selection": (("--selection",), "FILE", "train on exactly the samples of an earlier run's selection.json"),
 }
-TEXTS = ("model.path", "data.images", "data.shards", "selection")
+TEXTS = ("model.path", "data.images", "data.shards", "selection", "model.freeze_through")
 """Options whose value is taken as it is, not as YAML: a folder may be called "x #1" or "[a]"."""
 FLAGS = {
     "model.from_scratch": ("--from-scratch", "start from drawn values instead of a checkpoint"),
     "allow_fewer": ("--allow-fewer", "take what there is where a class has fewer examples"),
+    "model.linear_probe": ("--linear-probe", "train the classifier alone"),
+    "data.multilabel_force_classification": (
+        "--multilabel-force-classification",
+        "of a multi-label set the images with exactly one label, as classes (PadChest-Cl)",
+    ),
 }
 
 

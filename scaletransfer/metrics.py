@@ -21,6 +21,20 @@ PER_CLASS = ("auroc", "average_precision", "precision", "recall", "f1")
 BLOCK = 1 << 22  # values of a score table that are looked at together; 32 MB in float64
 
 
+CHEXPERT_FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion")
+"""The findings by which models are compared on CheXpert (Irvin et al. 2019, arXiv 1901.07031)."""
+
+
+def chexpert_five(report: dict[str, Any]) -> dict[str, Any] | None:
+    """``mean_auroc`` over the five findings of CheXpert's competition, and ``mean_classes``, over how many of them
+    (those with both outcomes); None where the report lacks one of the five."""
+    if not all(name in report["classes"] for name in CHEXPERT_FIVE):
+        return None
+    found = [report["classes"][name]["auroc"] for name in CHEXPERT_FIVE]
+    there = [value for value in found if value is not None]
+    return {"mean_auroc": float(np.mean(there)) if there else None, "mean_classes": len(there)}
+
+
 def multilabel_report(
     scores: npt.ArrayLike, target: npt.ArrayLike, names: Sequence[str], *, from_logits: bool = True
 ) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def held(
     shards: int | None = None,
     rank: int = 0,
     precision: str = "fp32",
-    momentum: bool = True,
+    momentum: int = 1,
     threshold: int = PERSISTENT,
 ) -> Held:
     """What an engine holds on a rank.

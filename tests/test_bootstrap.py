@@ -13,10 +13,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from scaletransfer import bootstrap
 from scaletransfer.bootstrap import intervals
-from scaletransfer.metrics import multiclass_report, multilabel_report
+from scaletransfer.metrics import PER_CLASS, multiclass_report, multilabel_report
 
 NAMES = ("Atelectasis", "Edema", "Rare", "Absent", "Always", "Unknown")
-MEANS = ("accuracy", "mean_auroc", "mean_average_precision")
+MEANS = tuple(f"mean_{metric}" for metric in PER_CLASS)
 
 
 def multilabel(rows: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -48,16 +48,19 @@ def percentiles(values: list[float | None]) -> list[float] | None:
 
 def check(found: dict[str, Any], reports: list[dict[str, Any]]) -> None:
     """Intervals that equal those of full reports of every resample; counts exactly, averages to rounding."""
-    assert found["accuracy"] == percentiles([report["accuracy"] for report in reports])
-    for mean in MEANS[1:]:
+    for key in ("accuracy", "accuracy_top5"):
+        if key in found:
+            assert found[key] == percentiles([report[key] for report in reports])
+    for mean in MEANS:
         np.testing.assert_allclose(found[mean], percentiles([report[mean] for report in reports]), rtol=1e-13)
     for name, both in found["classes"].items():
         assert both["auroc"] == percentiles([report["classes"][name]["auroc"] for report in reports]), name
-        expected = percentiles([report["classes"][name]["average_precision"] for report in reports])
-        if expected is None:
-            assert both["average_precision"] is None
-        else:
-            np.testing.assert_allclose(both["average_precision"], expected, rtol=1e-13)
+        for key in PER_CLASS[1:]:
+            expected = percentiles([report["classes"][name][key] for report in reports])
+            if expected is None:
+                assert both[key] is None
+            else:
+                np.testing.assert_allclose(both[key], expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("chunk", [bootstrap.CHUNK, 40 * 7, 1])
@@ -73,7 +76,7 @@ def test_multilabel_equals_reports_of_the_resampled_images(by_patient: bool, chu
     assert len({report["mean_classes"] for report in reports}) > 1  # the rare class is in some resamples only
     check(found, reports)
     for name in ("Absent", "Always", "Unknown"):
-        assert found["classes"][name] == {"auroc": None, "average_precision": None}
+        assert found["classes"][name] == dict.fromkeys(PER_CLASS)
     assert found["classes"]["Rare"]["auroc"] is not None
     units = len(set(groups[groups >= 0])) + int((groups < 0).sum()) if by_patient else 40
     assert (found["unit"], found["units"]) == ("patient" if by_patient else "image", units)
@@ -105,7 +108,7 @@ def test_multiclass_equals_reports_of_the_resampled_images(from_logits: bool) ->
         found,
         [multiclass_report(scores[r], target[r], names, from_logits=from_logits) for r in resamples(groups, 60, 1)],
     )
-    assert found["classes"]["d"] == {"auroc": None, "average_precision": None}
+    assert found["classes"]["d"] == dict.fromkeys(PER_CLASS)
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,9 +182,9 @@ def test_many_classes_have_an_accuracy_only() -> None:
 def test_nothing_to_draw_from_is_null() -> None:
     for rows in (0, 1):
         found = intervals(np.zeros((rows, 2)), np.zeros((rows, 2)), ["a", "b"], task="multilabel", samples=5)
-        assert found["units"] == rows and [found[mean] for mean in MEANS] == [None] * 3
+        assert found["units"] == rows and [found[mean] for mean in MEANS] == [None] * len(MEANS)
         found = intervals(np.zeros((rows, 2)), np.zeros(rows, dtype=int), ["a", "b"], task="multiclass", samples=5)
-        assert [found[mean] for mean in MEANS] == [None] * 3
+        assert [found[mean] for mean in MEANS] == [None] * len(MEANS)
     one_patient = intervals([[0.0], [1.0]], [[0], [1]], ["a"], task="multilabel", groups=[4, 4], samples=5)
     assert (one_patient["units"], one_patient["unit"], one_patient["accuracy"]) == (1, "patient", None)
     unknown = intervals(np.zeros((3, 1)), np.full((3, 1), np.nan), ["a"], task="multilabel", samples=5)

@@ -99,11 +99,23 @@ def test_two_processes_give_the_same_as_one(run, images, tmp_path):
     assert [r["key"] for r in read(tmp_path / "two")] == [r["key"] for r in read(tmp_path / "one")]
 
 
+BEYOND = (
+    "optimizer.name=adamw",
+    "optimizer.lr=0.001",
+    "ema_decay=0.7",
+    "model.freeze_through=block2",
+    "cutmix=1",
+    "label_smoothing=0.1",
+    "data.valid_ratio=0.3",
+)
+
+
 @pytest.mark.engine
-def test_fine_tuning_on_two_processes_is_that_of_one(images, tmp_path):
+@pytest.mark.parametrize("more", [(), pytest.param(BEYOND, marks=pytest.mark.slow)])
+def test_fine_tuning_on_two_processes_is_that_of_one(images, tmp_path, more):
     pre = make_pretrained(tmp_path / "pre")
-    finetune(tmp_path / "one", config(f"data.images={images}", f"model.path={pre}"))
-    overrides = [f"data.images={images}", f"model.path={pre}"]
+    finetune(tmp_path / "one", config(f"data.images={images}", f"model.path={pre}", *more))
+    overrides = [f"data.images={images}", f"model.path={pre}", *more]
     from helpers_transfer import FAST, losses
 
     words = command("ddp", 2, "scaletransfer.finetune", "--logdir", str(tmp_path / "two"), *FAST, *overrides)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scaletransfer.losses import make_loss
-from scaletransfer.transfer.mixup import Mixup, mix_images, mix_targets, mixing_weight
+from scaletransfer.transfer.mixup import Mixup, cut_images, cutting_box, mix_images, mix_targets, mixing_weight
 
 
 def test_images_by_hand():
@@ -59,3 +59,34 @@ def test_weights_are_draws_of_the_beta_distribution():
     assert drawn[:50] == [mixing_weight(0, step, 0.4) for step in range(50)]
     assert drawn[:50] != [mixing_weight(1, step, 0.4) for step in range(50)]
     assert mixing_weight(0, 3, 0.0) == 1.0
+
+
+def test_cutmix_is_torchvisions():
+    """On two images, which are each other's partner in both."""
+    from torchvision.transforms import v2
+
+    torch.manual_seed(0)
+    images, target = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    for step in range(5):
+        box, weight = cutting_box(7, step, 1.0, 32)
+        cutter = v2.CutMix(alpha=1.0, num_classes=3)
+        cutter.make_params = lambda _, box=box, weight=weight: {"box": box, "lam_adjusted": weight}
+        mixed, soft = cutter(images, target)
+        assert torch.equal(cut_images(images, box), mixed)
+        torch.testing.assert_close(mix_targets(target, weight, 3), soft)
+        assert cutting_box(7, step, 1.0, 32) == (box, weight) != cutting_box(8, step, 1.0, 32)
+        area = (box[2] - box[0]) * (box[3] - box[1]) / 32**2
+        assert weight == pytest.approx(1 - area)
+
+
+def test_cutmix_does_not_touch_the_global_generator_and_both_take_turns():
+    before = torch.get_rng_state()
+    both = Mixup(seed=1, alpha=0.2, classes=3, cutmix=1.0, size=16)
+    cuts = [both.cuts(step) for step in range(200)]
+    assert 70 < sum(cuts) < 130
+    assert torch.equal(torch.get_rng_state(), before)
+    images = torch.randn(4, 1, 16, 16)
+    step = cuts.index(True)
+    assert torch.equal(both.images(step, images), cut_images(images, cutting_box(1, step, 1.0, 16)[0]))
+    assert not any(Mixup(seed=1, alpha=0.2, classes=3).cuts(step) for step in range(20))
+    assert all(Mixup(seed=1, alpha=0.0, classes=3, cutmix=1.0, size=16).cuts(step) for step in range(20))

@@ -20,7 +20,12 @@ from typing import NoReturn, TypeVar, overload
 from scaletransfer.config import files
 from scaletransfer.config.data import DataConfig, LabelPolicyConfig, RemoteConfig
 from scaletransfer.config.files import ConfigError
-from scaletransfer.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig
+from scaletransfer.config.finetune import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneModelConfig,
+    FinetuneOptimizerConfig,
+)
 from scaletransfer.config.schema import (
     CheckpointConfig,
     FailingConfig,
@@ -40,6 +45,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneDataConfig",
     "FinetuneModelConfig",
+    "FinetuneOptimizerConfig",
     "LabelPolicyConfig",
     "LogConfig",
     "ModelConfig",

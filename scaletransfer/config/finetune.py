@@ -19,9 +19,11 @@ class FinetuneModelConfig:
 
     name: str | None = None
     """Name of the network; null: what the checkpoint or the pre-training configuration says."""
+    type: str | None = None
+    """The same as name."""
     path: str | None = None
-    """A pre-trained model: an exported folder, .safetensors, a published .pth.tar, or Google's .npz. null:
-    pretrained_models/<name of the pre-training configuration>."""
+    """A pre-trained model: an exported folder, .safetensors, a published .pth.tar, Google's .npz, or a checkpoint of
+    timm. null: pretrained_models/<name of the pre-training configuration>; of a network of timm, timm's own weights."""
     from_scratch: bool = False
     """Start from drawn values instead of a checkpoint: the comparison that every transfer needs."""
     head: Literal["auto", "new", "keep"] = "auto"
@@ -32,6 +34,18 @@ class FinetuneModelConfig:
     it."""
     compile: bool = False
     """Run the network through torch.compile."""
+    freeze_through: str | None = None
+    """Leave all tensors up to and with this part of the network as they are: root, block1 to block4 of BiT, or a
+    module of another network such as layer3. null: train all."""
+    linear_probe: bool = False
+    """Train the classifier alone; all else stays as it is."""
+
+    def __post_init__(self) -> None:
+        check(self.type is None or self.name in (None, self.type), "model.type", self.type, "given alone, or as name")
+        if self.type is not None and self.name is None:
+            object.__setattr__(self, "name", self.type)
+        frozen = self.freeze_through is None or not self.linear_probe
+        check(frozen, "model.freeze_through", self.freeze_through, "null with model.linear_probe, which freezes more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +76,16 @@ class FinetuneDataConfig:
     valid_share: float = 0.2
     """Share of an image folder's training images that becomes the validation split where it has none; drawn by
     their names alone, the same for every seed."""
+    valid_ratio: float | None = None
+    """Hold out this share of the training split for validation, by patient where patients are known, in place of the
+    validation split that the set may have. null: that split; of shards with a training split alone, valid_share."""
+    valid_seed: int = 0
+    """Seed of the images that are held out; the run's own seed does not move them."""
+    train_ratio: float | None = None
+    """Train on this share of the training split (after valid_ratio), by patient where known, every class in it, drawn
+    by the run's seed. null: all."""
+    multilabel_force_classification: bool = False
+    """Of a multi-label set the images with exactly one positive label, as classes (of PadChest: PadChest-Cl)."""
     policy: LabelPolicyConfig = field(default_factory=LabelPolicyConfig)
     """How raw label states become targets (multi-label shards)."""
     salt_file: str | None = None
@@ -86,6 +110,13 @@ class FinetuneDataConfig:
 
     def __post_init__(self) -> None:
         check(0 < self.valid_share < 1, "data.valid_share", self.valid_share, "above 0 and below 1")
+        for key in ("valid_ratio", "train_ratio"):
+            ratio = getattr(self, key)
+            fits = ratio is None or 0 < ratio < 1 or (key == "train_ratio" and ratio == 1)
+            check(fits, f"data.{key}", ratio, "a share above 0 and below 1, or null")
+        check(0 <= self.valid_seed < 2**63, "data.valid_seed", self.valid_seed, "of 0 to 2^63 - 1")
+        both = self.valid_ratio is None or self.valid_split in (None, "valid")
+        check(both, "data.valid_split", self.valid_split, "null with data.valid_ratio, which makes a split of its own")
         size = self.resolution
         check(
             size is None or (len(size) == 2 and 8 <= size[1] <= size[0]),
@@ -118,16 +149,23 @@ class FinetuneDataConfig:
 class FinetuneOptimizerConfig:
     """How weights follow gradients. The schedule is BiT-HyperRule's."""
 
-    name: Literal["sgd", "sgd_agc"] = "sgd_agc"
-    """sgd: torch's. sgd_agc: SGD with adaptive gradient clipping, as in arXiv 2106.00116."""
+    name: Literal["sgd", "sgd_agc", "adamw"] = "sgd_agc"
+    """sgd, adamw: torch's. sgd_agc: SGD with adaptive gradient clipping, as in arXiv 2106.00116."""
     lr: float | None = None
-    """The peak learning rate. null: 0.003 x global_batch / 512 (bit) or 0.001 x global_batch / 128 (paper)."""
+    """The peak learning rate. null: 0.003 x global_batch / 512 (bit) or 0.001 x global_batch / 128 (paper). adamw has
+    no default."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """adamw: shares of the running means of gradient and squared gradient that are kept."""
+    layer_decay: float | None = None
+    """Each layer below the head learns at this share of the rate of the one above it (arXiv 2106.08254; timm's layers,
+    so timm must be installed). null: all layers learn alike."""
     momentum: float = 0.9
-    """Share of the last update that is kept."""
+    """sgd, sgd_agc: share of the last update that is kept."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 0.0
-    """Added to the gradient times the weight, after clipping. BiT-HyperRule has none."""
+    """sgd, sgd_agc: added to the gradient times the weight, after clipping; BiT-HyperRule has none. adamw: subtracted
+    from the weight times the rate, but of vectors (norms, biases) nothing."""
     clipping: float = 0.01
     """sgd_agc: a unit's gradient norm is at most this share of its weight norm."""
     eps: float = 1e-3
@@ -137,12 +175,17 @@ class FinetuneOptimizerConfig:
 
     def __post_init__(self) -> None:
         check(self.lr is None or 0 < self.lr < float("inf"), "optimizer.lr", self.lr, "a positive number, or null")
+        check(self.name != "adamw" or self.lr is not None, "optimizer.lr", self.lr, "a number with adamw, such as 1e-4")
+        pair = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check(pair, "optimizer.betas", self.betas, "two numbers of 0 to below 1")
+        decay = self.layer_decay
+        check(decay is None or 0 < decay <= 1, "optimizer.layer_decay", decay, "above 0 and at most 1, or null")
         self.resolved(1.0)
 
     def resolved(self, peak: float) -> OptimizerConfig:
         """The same as the engine takes it; its checks name the keys."""
         return OptimizerConfig(
-            name=self.name,
+            name="sgd" if self.name == "adamw" else self.name,
             base_lr=peak,
             momentum=self.momentum,
             nesterov=self.nesterov,
@@ -209,12 +252,24 @@ class FinetuneConfig:
     """Training samples a class (few-shot); null: all."""
     allow_fewer: bool = False
     """Take what there is where a class has fewer."""
+    few_shot: Literal["auto", "nested", "paper"] = "auto"
+    """How examples are chosen. nested: the same images for every data form, a selection part of every larger one.
+    paper: as the code of arXiv 2106.00116 did (the data set's own files only). auto: paper under protocol paper where
+    the files are read, else nested."""
     selection: str | None = None
     """A selection.json of an earlier run: train on exactly these samples."""
     steps: int | None = None
     """Optimizer updates; the schedule's edges keep their shares. null: BiT-HyperRule's 500, 10,000 or 20,000."""
     mixup: float | None = None
     """Both parameters of mixup's Beta distribution; null: 0.1 from 20,000 training images on, else 0 (none)."""
+    cutmix: float = 0.0
+    """Both parameters of CutMix's Beta distribution (arXiv 1905.04899); 0: none. With mixup, one of the two an update,
+    drawn with equal chances."""
+    label_smoothing: float = 0.0
+    """This share of each target is spread over all classes (arXiv 1512.00567). Multi-class only."""
+    ema_decay: float | None = None
+    """Keep a running mean of the weights, of which each update keeps this share; validation, result and model are the
+    mean's. null: none."""
     oversampling: bool = False
     """Draw every class equally often, with replacement. As published, only of a full training set: it does nothing
     with examples_per_class or selection, where classes are equally large, and the run says so."""
@@ -266,6 +321,10 @@ class FinetuneConfig:
         memory = self.memory_gb
         check(memory is None or 0 < memory < float("inf"), "memory_gb", memory, "above 0, or null")
         check(self.mixup is None or 0 <= self.mixup < float("inf"), "mixup", self.mixup, "0 (none) or more, or null")
+        check(0 <= self.cutmix < float("inf"), "cutmix", self.cutmix, "0 (none) or more")
+        check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
+        ema = self.ema_decay
+        check(ema is None or 0 < ema < 1, "ema_decay", ema, "above 0 and below 1, or null")
         targets = {
             "train_dir": self.train_dir,
             "data.images": self.data.images,

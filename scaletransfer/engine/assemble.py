@@ -64,10 +64,11 @@ def make_optimizer(settings: OptimizerConfig, network: nn.Module) -> torch.optim
         "weight_decay": settings.weight_decay,
         "nesterov": settings.nesterov,
     }
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if settings.name == "sgd":
-        return torch.optim.SGD(network.parameters(), **common)
+        return torch.optim.SGD([p for _, p in trained], **common)
     weight, bias = _head(network)
-    groups = split_head(network.named_parameters(), weight, bias, settings.head_exempt)
+    groups = [g for g in split_head(trained, weight, bias, settings.head_exempt) if g["params"]]
     return SGD_AGC(groups, clipping=settings.clipping, eps=settings.eps, **common)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scaletransfer.engine import pieces as pieces_module
 from scaletransfer.engine import verify
+from scaletransfer.engine.average import WeightAverage
 from scaletransfer.engine.build_fsdp2 import build_fsdp2
 from scaletransfer.engine.build_zero import build_zero, deepspeed_settings, fill_masters
 from scaletransfer.engine.filling import Values, fill, persistent_buffers
@@ -44,6 +45,8 @@ class Engine:
     shapes: dict[str, tuple[int, ...]]
     """Whole shapes of the trainable parameters."""
     pieces: list[Piece] = field(default_factory=list)
+    average: WeightAverage | None = None
+    """A running mean of the weights, where one is kept."""
     shards: dist.ProcessGroup | None = None
     """The ranks over which one copy of the model is cut; None where every rank holds it whole."""
 
@@ -70,6 +73,15 @@ class Engine:
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers (batch-norm statistics of timm models; BiT has none). Not sharded by any engine."""
         return persistent_buffers(self.module)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that are not trained, by name; only engines that hold them whole have any."""
+        return {name: p.data for name, p in self.module.named_parameters() if not p.requires_grad}
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds every tensor of the network, as it is."""
+        return self.strategy.engine in ("single", "ddp")
 
     def average_buffers(self) -> None:
         """Mean over the ranks of what batch norm has seen, in place. All ranks call this.

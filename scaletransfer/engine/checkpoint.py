@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from scaletransfer.engine.build import Engine
-from scaletransfer.engine.pieces import set_momentum
+from scaletransfer.engine.pieces import STATES, set_state
 
 FORMAT = "scaletransfer-checkpoint"
 FORMAT_VERSION = 1
@@ -220,14 +220,20 @@ def complete(root: Path) -> list[Path]:
 
 @torch.no_grad()
 def load_momentum(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Write the momentum from ``checkpoint`` into an engine whose weights came from ``checkpoint`` when it was built.
+    """Write the optimizer's state (and the weights' mean, if one is kept) from ``checkpoint`` into an engine whose
+    weights came from ``checkpoint`` when it was built.
 
     Every rank calls this and reads what it holds; nothing is communicated.
     """
     for piece in engine.pieces:
-        name = f"momentum.{piece.name}"
-        if checkpoint.has(name):
-            set_momentum(engine.optimizer, piece, checkpoint.read_range(name, piece.start, piece.stop))
+        for kind in STATES:
+            if checkpoint.has(name := f"{kind}.{piece.name}"):
+                set_state(engine.optimizer, piece, kind, checkpoint.read_range(name, piece.start, piece.stop))
+        if checkpoint.has(f"exp_avg.{piece.name}"):
+            engine.optimizer.state[piece.holder]["step"] = torch.tensor(float(checkpoint.facts["updates"]))
+        if engine.average is not None:
+            mean = engine.average.of(piece.name)
+            mean.copy_(checkpoint.read(f"ema.{piece.name}"))
 
 
 class CheckpointValues:
@@ -242,6 +248,23 @@ class CheckpointValues:
     def range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D, for engines that need no more."""
         return self._checkpoint.read_range(f"model.{name}", start, stop)
+
+
+@dataclass(frozen=True)
+class _Averaged(Checkpoint):
+    """A checkpoint whose ``model.*`` are the weights' means, where it holds them."""
+
+    def chunks(self, name: str, piece: tuple[int, int, str, str]) -> Iterator[tuple[int, np.ndarray]]:
+        mean = name.replace("model.", "ema.", 1)
+        return super().chunks(mean if name.startswith("model.") and mean in self.parts else name, piece)
+
+
+def for_use(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with the weights that a finished model has: the running means, where the run kept them."""
+    means = {name.replace("ema.", "model.", 1): parts for name, parts in checkpoint.parts.items() if name[:4] == "ema."}
+    if not means:
+        return checkpoint
+    return _Averaged(checkpoint.folder, checkpoint.manifest, {**checkpoint.parts, **means})
 
 
 def model_values(checkpoint: Checkpoint) -> CheckpointValues:

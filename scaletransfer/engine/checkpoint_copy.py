@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint import CHUNK
-from scaletransfer.engine.pieces import Piece, momentum_of
+from scaletransfer.engine.pieces import Piece, states_of
 from scaletransfer.shares import COPY_BLOCK
 
 BLOCK = COPY_BLOCK
@@ -32,7 +32,8 @@ def owned(engine: Engine) -> list[Piece]:
     """The pieces that this rank writes: what it holds, or an even share of it where other ranks hold the same."""
     shares = []
     if engine.rank == 0:
-        shares = [Piece(name, tuple(b.shape), 0, b.numel(), b, 0) for name, b in engine.buffers().items()]
+        fixed = {**engine.buffers(), **engine.frozen()}
+        shares = [Piece(name, tuple(b.shape), 0, b.numel(), b, 0) for name, b in fixed.items()]
     replicas, replica = engine.strategy.replicas, engine.strategy.replica
     for piece in engine.pieces:
         first, last = (len(piece) * r // replicas for r in (replica, replica + 1))
@@ -48,9 +49,12 @@ def parts(engine: Engine, with_momentum: bool) -> list[Part]:
     found = []
     for piece in owned(engine):
         found.append(Part(f"model.{piece.name}", piece.start, piece.stop, piece.value().detach()))
-        momentum = momentum_of(engine.optimizer, piece) if with_momentum else None
-        if momentum is not None:
-            found.append(Part(f"momentum.{piece.name}", piece.start, piece.stop, momentum.detach()))
+        kept = states_of(engine.optimizer, piece) if with_momentum else {}
+        for kind, values in kept.items():
+            found.append(Part(f"{kind}.{piece.name}", piece.start, piece.stop, values.detach()))
+        if engine.average is not None and piece.name in engine.shapes:
+            mean = piece.of(engine.average.of(piece.name))
+            found.append(Part(f"ema.{piece.name}", piece.start, piece.stop, mean.detach()))
     names = [part.name for part in found]
     assert len(set(names)) == len(names), names
     return found

@@ -24,6 +24,7 @@ from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint import folder_name
 from scaletransfer.engine.checkpoint_copy import Staging, generator_bytes, parts, streamed
 from scaletransfer.engine.checkpoint_save import Job
+from scaletransfer.engine.pieces import STATES
 from scaletransfer.engine.runlog import RunLog
 
 TIMEOUT = 1800.0
@@ -127,8 +128,9 @@ class Saver:
             return
         chosen = parts(engine, with_momentum)
         shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        tensors = {f"{kind}.{name}": shape for kind in ("model", "momentum") for name, shape in shapes.items()}
-        tensors |= {f"model.{name}": list(buffer.shape) for name, buffer in engine.buffers().items()}
+        tensors = {f"{kind}.{name}": shape for kind in ("model", *STATES, "ema") for name, shape in shapes.items()}
+        fixed = {**engine.buffers(), **engine.frozen()}
+        tensors |= {f"model.{name}": list(tensor.shape) for name, tensor in fixed.items()}
         job = Job(
             root=root,
             step=step,

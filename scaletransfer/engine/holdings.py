@@ -37,11 +37,11 @@ class Bytes:
     state: int
 
 
-def expected_bytes(engine: Engine, momentum: bool) -> Bytes:
+def expected_bytes(engine: Engine, momentum: int) -> Bytes:
     """What the strategy should hold on this rank by ``shares``, of shapes, ranks and precision.
 
-    Counted are parameters with fp32 masters, the gradients that live between backward and step, and momentum: whole,
-    or a rank's share with each engine's own rounding.
+    Counted are parameters with fp32 masters, the gradients that live between backward and step, and ``momentum``
+    tensors of optimizer state for each: whole, or a rank's share with each engine's own rounding.
     """
     strategy = engine.strategy
     found = held(
@@ -71,6 +71,8 @@ def measured_parameters(engine: Engine) -> int:
     tensors: list[Tensor] = [piece.holder for piece in engine.pieces]
     if not engine.strategy.fsdp:
         for p in engine.module.parameters():
+            if not p.requires_grad:  # frozen: it has no master, gradient or state
+                continue
             tensors.append(p.data)
             if hasattr(p, "ds_tensor"):
                 tensors.append(p.ds_tensor)

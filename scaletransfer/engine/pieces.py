@@ -117,16 +117,31 @@ def layout(pieces: Sequence[Piece]) -> dict[Tensor, Sequence[Segment]]:
     return {piece.holder: held[id(piece.holder)] for piece in pieces}
 
 
+STATES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What checkpoints call the tensors that an optimizer keeps for a parameter, and what torch does."""
+
+
+def states_of(optimizer: torch.optim.Optimizer, piece: Piece) -> dict[str, Tensor]:
+    """1-D views of what the optimizer keeps for the piece, by their names in checkpoints; {} before the first step."""
+    state = optimizer.state.get(piece.holder, {})
+    return {kind: piece.of(state[key]) for kind, key in STATES.items() if state.get(key) is not None}
+
+
 def momentum_of(optimizer: torch.optim.Optimizer, piece: Piece) -> Tensor | None:
     """1-D view of the piece's momentum, or None before the first step or without momentum."""
-    buffer = optimizer.state.get(piece.holder, {}).get("momentum_buffer")
-    return None if buffer is None else piece.of(buffer)
+    return states_of(optimizer, piece).get("momentum")
 
 
-def set_momentum(optimizer: torch.optim.Optimizer, piece: Piece, values: Tensor) -> None:
-    """Writes a piece's momentum, making the holder's buffer (zeros) where there is none yet."""
-    state = optimizer.state[piece.holder]
-    if state.get("momentum_buffer") is None:
-        state["momentum_buffer"] = torch.zeros_like(piece.holder)
-    target = piece.of(state["momentum_buffer"])
+def set_state(optimizer: torch.optim.Optimizer, piece: Piece, kind: str, values: Tensor) -> None:
+    """Writes a piece's state of a kind of ``STATES``, making the holder's tensor (zeros) where there is none yet."""
+    state, key = optimizer.state[piece.holder], STATES[kind]
+    if state.get(key) is None:
+        state[key] = torch.zeros_like(piece.holder)
+    target = piece.of(state[key])
     target.copy_(values.to(target.dtype))
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int | None:
+    """How many updates an optimizer that counts them (AdamW) has made; None for others."""
+    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return max(counts) if counts else None

@@ -69,7 +69,7 @@ def train_step(
     """
     assert len(batches) == engine.accumulation
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # layer-wise decay
     count, asked = global_count(engine, loss, batches, stop)
     undo = engine.world * (engine.accumulation if engine.strategy.deepspeed else 1)
     total = torch.zeros((), dtype=engine.master_dtype, device=engine.device)

@@ -20,9 +20,10 @@ from scaletransfer.engine import verify, watch
 from scaletransfer.engine.build import Engine
 from scaletransfer.engine.checkpoint_copy import set_generators
 from scaletransfer.engine.checkpoint_saver import Away, Saver
-from scaletransfer.engine.evaluate import curves, gather_rows, predict, report, score
+from scaletransfer.engine.evaluate import by_source, curves, gather_rows, predict, report, score, titles_of
 from scaletransfer.engine.guard import Guard
 from scaletransfer.engine.nonfinite import Nonfinite
+from scaletransfer.engine.pieces import updates_of
 from scaletransfer.engine.reading import Reading
 from scaletransfer.engine.runlog import RunLog, validated
 from scaletransfer.engine.settings import Mixing, RunSettings
@@ -35,6 +36,11 @@ from scaletransfer.streams import WorkerKind, batches, dead_workers_named, make_
 
 ASK_EVERY = 8
 """Batches of a validation between two looks at whether a rank was asked to stop; the sum is read a look later."""
+
+
+def shown_score(value: float | None) -> str:
+    """A score as text."""
+    return "none has both outcomes" if value is None else f"{value:.4f}"
 
 
 class _Abandoned(Exception):
@@ -174,7 +180,8 @@ class Trainer:
                 yield group
 
     def _first_step(self) -> verify.FirstStep:
-        return verify.FirstStep(self.engine, momentum=self.cfg.optimizer.momentum > 0)
+        kept = 2 if isinstance(self.engine.optimizer, torch.optim.AdamW) else int(self.cfg.optimizer.momentum > 0)
+        return verify.FirstStep(self.engine, momentum=kept)
 
     def _anything_known(self, step: int) -> bool:
         """Whether the global batch of a step has a known label; the same on every rank, without asking the others."""
@@ -200,6 +207,8 @@ class Trainer:
             result = train_step(self.engine, self.loss, normalize, batches_, rate, after_backward, stop=stop, skip=skip)
         else:
             result = no_step(self.engine, stop)
+        if self.engine.average is not None and known and not result.skipped:
+            self.engine.average.update()
         if first is not None:
             first.discard() if result.skipped else first.after_step()
         for batch in group:
@@ -299,12 +308,18 @@ class Trainer:
             self.log.say(f"step {step}: its validation is given up, and done again when the run goes on")
             return False
         found = report(self.loss, self.predicted, self.names)
+        which = self.valid.locate(self.predicted["position"])[0]
+        titles = titles_of([source.index.source for source in self.valid.sources])
+        if sources := by_source(self.loss, self.predicted, self.names, which, titles):
+            found["sources"] = sources
         name, value = score(self.loss.task, found)
         self.log.scalars(step, curves(found, self.names))
         self.log.row({"event": "validation", "step": step, **found})
         self.log.flush()  # before a checkpoint says that this step is done: a resumed run does not validate it again
-        shown = "none has both outcomes" if value is None else f"{value:.4f}"
+        shown = shown_score(value)
         self.log.say(f"step {step}: validation loss {found['loss']:.4f}, {name} {shown}")
+        for title, one in found.get("sources", {}).items():
+            self.log.say(f"  {title}: {one['samples']} images, loss {one['loss']:.4f}, {name} {shown_score(one[name])}")
         self._since += time.monotonic() - began  # images/s is that of training
         if self.keep_best and value is not None and (self.best is None or value > self.best):
             self.best = value
@@ -375,4 +390,6 @@ class Trainer:
         self.saver.settle(strict=True)
 
     def _facts(self, step: int) -> dict[str, Any]:
-        return {**self.facts, "samples_seen": step * self.cfg.global_batch, "best": self.best, "skipped": self.skipped}
+        facts = {"samples_seen": step * self.cfg.global_batch, "best": self.best, "skipped": self.skipped}
+        updates = updates_of(self.engine.optimizer)
+        return {**self.facts, **facts, **({} if updates is None else {"updates": updates})}

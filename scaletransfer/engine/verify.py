@@ -264,7 +264,8 @@ class FirstStep:
     """
 
     engine: Engine
-    momentum: bool
+    momentum: int
+    """Tensors that the optimizer keeps for each parameter."""
     measured: Bytes = field(default_factory=lambda: Bytes(0, 0, 0))
     norm_made: float = 0.0
     _given: list[Tensor] = field(default_factory=list)
@@ -312,7 +313,9 @@ class FirstStep:
             "clipped or scaled on the way",
         )
         self.measured.parameters = measured_parameters(self.engine)
-        state = [v for s in self.engine.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        state = [
+            v for s in self.engine.optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim()
+        ]
         self.measured.state = storage_bytes(state)
         wanted_device = {local(piece.holder).device for piece in self.engine.pieces}
         _must(
@@ -363,8 +366,8 @@ def check_positions(positions: Tensor, step: int, global_batch: int) -> None:
 def table(engine: Engine, first: FirstStep, rows: list[tuple[str, str]]) -> str:
     """The verification table that rank 0 prints after the first step."""
     expected = expected_bytes(engine, first.momentum)
-    group = engine.optimizer.param_groups[0]
-    clip = f"AGC {group['clipping']:g}, head exempt" if "clipping" in group else "none"
+    clips = [group["clipping"] for group in engine.optimizer.param_groups if group.get("clipping") is not None]
+    clip = f"AGC {clips[0]:g}, head exempt" if clips else "none"
     lines = [
         ("engine", f"{engine.strategy.engine} ({wrapper_of(engine.model)})"),
         ("ranks", f"{engine.world}"),

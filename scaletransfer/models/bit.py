@@ -120,12 +120,16 @@ class StdConv2d(nn.Conv2d):
         # Padding is symmetric, as in PyTorch's own convolutions: 3 for the root's 7x7, 1 for 3x3.
         super().__init__(c_in, c_out, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.ws_eps = ws_eps
+        self.standard: Tensor | None = None
+        """The standardised weight, while `folding.folded` holds it for evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, c_in, h, w] -> [b, c_out, h', w'], in the dtype of x (or of autocast)."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
+        if self.standard is not None:
+            return F.conv2d(x, self.standard.to(x.dtype), None, self.stride, self.padding)
         weight, stride, padding = self.weight, self.stride[0], self.padding[0]
         made: Tensor = _StandardizedConvolution.apply(x, weight, self.ws_eps, stride, padding)
         return made
@@ -252,6 +256,11 @@ class BiT(nn.Module):
         x = self.head(self.body(self.root(x)))
         # clone: FSDP2 hangs its backward hook on the output and does not like a view there.
         return x.flatten(1).clone()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """What is a layer, as timm's functions ask for it: the root, the residual units (coarse: blocks), the head."""
+        units = r"^body\.block(\d+)" if coarse else [(r"^body\.block(\d+)\.unit(\d+)", None), (r"^head\.gn", (99999,))]
+        return {"stem": r"^root", "blocks": units}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each residual unit in backward (less memory, a third more time), or stop doing so."""

@@ -19,6 +19,7 @@ from scaletransfer.shard_reader import check_once
 from scaletransfer.sources import open_source, source_options
 from scaletransfer.sources.image_folder import ImageFolder
 from scaletransfer.transfer.hyperrule import resolution
+from scaletransfer.transfer.parts import hold_out, single_label, take_share
 
 PROBED = 32
 """Images whose size decides the resolution."""
@@ -68,7 +69,7 @@ def open_target(cfg: FinetuneConfig) -> Target:
         ValueError: no target or one that cannot be used: a split that is not there, a single class, another number
             of classes than ``nb_classes``.
     """
-    target = _open(cfg)
+    target = _parted(cfg, _open(cfg))
     index, data = target.index, cfg.data
     held_out = data.source is None and data.shards is None
     if data.valid_split is not None:
@@ -99,6 +100,32 @@ def open_target(cfg: FinetuneConfig) -> Target:
             f"({shortened(target.names)}): correct nb_classes, or the folder"
         )
     return target
+
+
+def _parted(cfg: FinetuneConfig, target: Target) -> Target:
+    """With single labels, held-out validation and a share of the training images, as configured."""
+    data = cfg.data
+    if data.multilabel_force_classification:
+        target = forced(target)
+    if data.train_split not in target.index.splits:
+        return target  # which is refused with the names of the splits
+    alone = data.shards is not None and data.valid_split is None and list(target.index.splits) == [data.train_split]
+    if data.valid_ratio is not None or alone:
+        share = data.valid_share if data.valid_ratio is None else data.valid_ratio
+        index, note = hold_out(target.index, data.train_split, share, data.valid_seed)
+        target = replace(target, index=index, notes=(*target.notes, note))
+    if data.train_ratio is not None:
+        index, note = take_share(target.index, data.train_split, data.train_ratio, cfg.seed)
+        target = replace(target, index=index, notes=(*target.notes, note))
+    return target
+
+
+def forced(target: Target) -> Target:
+    """The images of a multi-label target that have exactly one positive label, as a multi-class target."""
+    found = {split: target.targets(split) for split in target.index.splits}
+    index, note = single_label(target.index, found, target.names)
+    settings = {**target.settings, "multilabel_force_classification": True}
+    return replace(target, index=index, notes=(*target.notes, note), settings=settings)
 
 
 def make_target(
@@ -205,13 +232,14 @@ def _open_own(cfg: FinetuneConfig) -> tuple[ShardIndex, str, str]:
     if data.shards is not None:
         return load_index(data.shards), _name(Path(data.shards)), ""
     if cfg.train_dir is not None:
-        source, note = _two_folders(cfg.train_dir, cfg.val_dir, data.valid_share)
+        source, note = _two_folders(cfg.train_dir, cfg.val_dir, 0.0 if data.valid_ratio else data.valid_share)
         name = _name(Path(cfg.train_dir))
         if name in ("train", "mod_train"):  # the folder above says what it is
             name = _name(Path(os.path.abspath(cfg.train_dir)).parent)
         return from_records(source, keys.PUBLIC_SALT), name, note
     if data.images is not None:
-        return open_folder(Path(data.images), data.valid_share, data.valid_split or "valid")
+        share = 0.0 if data.valid_ratio else data.valid_share
+        return open_folder(Path(data.images), share, data.valid_split or "valid")
     raise ValueError(
         "there is no target: give a folder of images with --images DIR, shards with --shards DIR, or data.source and "
         "data.root, or train_dir and val_dir, in the fine-tuning configuration"
@@ -226,7 +254,7 @@ def open_folder(folder: Path, valid_share: float, valid_split: str = "valid") ->
     """
     source = ImageFolder(folder)
     note = ""
-    if valid_split == "valid" and "valid" not in source.splits:
+    if valid_split == "valid" and "valid" not in source.splits and valid_share:
         source = ImageFolder(folder, valid_share=valid_share)
         note = _held_out(valid_share)
     return from_records(source, keys.PUBLIC_SALT), _name(folder), note
@@ -237,7 +265,8 @@ def _two_folders(train: str, valid: str | None, share: float) -> tuple[ImageFold
     if not train_dir.is_dir():
         raise ValueError(f"train_dir {train} is not a folder: give the folder that holds one folder a class")
     if valid is None:
-        return ImageFolder(train_dir, folders={"train": "."}, valid_share=share), _held_out(share)
+        note = _held_out(share) if share else ""
+        return ImageFolder(train_dir, folders={"train": "."}, valid_share=share), note
     valid_dir = Path(os.path.abspath(Path(valid).expanduser()))
     if not valid_dir.is_dir():
         raise ValueError(f"val_dir {valid} is not a folder: give the folder that holds one folder a class")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from scaletransfer.config import FinetuneConfig, PretrainConfig
 from scaletransfer.engine.filling import Values
 from scaletransfer.models import create_model, head_names, initial_tensors
+from scaletransfer.models.bit import parse_name
 from scaletransfer.models.weights import StateDict, architecture_of, load_pretrained, locate
 from scaletransfer.transfer.data import shortened
 
@@ -56,6 +58,8 @@ def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretra
     path = _path(cfg, pretrain_name)
     if cfg.model.from_scratch:
         return _drawn(cfg, pretrain, path)
+    if path is None and cfg.model.name is not None and timm_card(cfg.model.name) is not None:
+        return _from_timm(cfg, cfg.model.name)
     if path is None:
         raise ValueError(
             "there is no pre-trained model: give --model-path PATH, or --pretrain-config FILE whose model lies in "
@@ -67,7 +71,7 @@ def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretra
     name = wanted or card.get("model") or architecture_of(state)
     if not isinstance(name, str):
         raise ValueError(f"{path} does not say which network it is of: set model.name=..., such as BiT-S-R50x1")
-    mean, std = _normalisation(cfg, pretrain, card, path)
+    mean, std = _normalisation(cfg, pretrain, card, path, name)
     names = card.get("label_names")
     kind = card.get("transform", {}).get("kind") or (pretrain.data.transform if pretrain is not None else None)
     xray = kind == "xray" or bool(card.get("transform", {}).get("xray"))
@@ -152,7 +156,9 @@ def _drawn(cfg: FinetuneConfig, pretrain: PretrainConfig | None, path: Path | No
         raise ValueError("from scratch, but which network? Set model.name=BiT-S-R50x1, or give --pretrain-config")
     kind = card.get("transform", {}).get("kind") or (pretrain.data.transform if pretrain is not None else None)
     known = card.get("normalisation") or (
-        {"mean": pretrain.data.mean, "std": pretrain.data.std} if pretrain is not None else {"mean": 0.5, "std": 0.5}
+        {"mean": pretrain.data.mean, "std": pretrain.data.std}
+        if pretrain is not None
+        else timm_card(name) or {"mean": 0.5, "std": 0.5}
     )
     return Pretrained(
         model=name,
@@ -168,7 +174,7 @@ def _drawn(cfg: FinetuneConfig, pretrain: PretrainConfig | None, path: Path | No
 
 
 def _normalisation(
-    cfg: FinetuneConfig, pretrain: PretrainConfig | None, card: dict[str, Any], path: Path
+    cfg: FinetuneConfig, pretrain: PretrainConfig | None, card: dict[str, Any], path: Path, name: str
 ) -> tuple[Numbers, Numbers]:
     """Mean and deviation that the checkpoint was trained with; everybody who names them must name the same."""
     said: dict[str, tuple[Numbers, Numbers]] = {}
@@ -185,6 +191,9 @@ def _normalisation(
         if mean is None or std is None:
             raise ValueError("give data.mean and data.std together")
         said["data.mean and data.std"] = (mean, std)
+    theirs = timm_card(name)
+    if not said and theirs is not None:  # whoever knows better says so by data.mean and data.std
+        said[f"timm's configuration of {name}"] = (theirs["mean"], theirs["std"])
     if not said:
         raise ValueError(
             f"{path} does not say how its images were normalised: give the --pretrain-config it was made with, or "
@@ -199,6 +208,68 @@ def _normalisation(
                 "data.mean and data.std out, or give the configuration that belongs to the checkpoint"
             )
     return first
+
+
+def timm_card(name: str) -> dict[str, Any] | None:
+    """Mean, std, image side and crop share that timm gives a network, and whether its side is fixed; None for BiT and
+    names that timm does not know."""
+    if parse_name(name) is not None:
+        return None
+    try:
+        import timm
+    except ImportError:
+        return None
+    if not timm.is_model(name):
+        return None
+    found = timm.get_pretrained_cfg(name)
+    if found is None:
+        return None
+    return {
+        "mean": [float(value) for value in found.mean],
+        "std": [float(value) for value in found.std],
+        "size": int(found.input_size[-1]),
+        "crop": float(found.crop_pct or 0.875),
+        "fixed": bool(found.fixed_input_size),
+    }
+
+
+def fixed_resolution(name: str) -> tuple[int, int] | None:
+    """(side before the crop, side of the crop) of a network of timm that takes one image size only; None: any."""
+    card = timm_card(name)
+    if card is None or not card["fixed"]:
+        return None
+    return math.ceil(card["size"] / card["crop"]), card["size"]
+
+
+def _from_timm(cfg: FinetuneConfig, name: str) -> Pretrained:
+    """A network of timm with timm's own weights, from its cache or the network, by its own loader."""
+    import timm
+
+    try:
+        network = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of every library that timm downloads with
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise ValueError(
+            f"timm has no weights of {name} at hand ({reason}): give a file by --model-path, or start from drawn "
+            "values with --from-scratch"
+        ) from error
+    card, digest = timm_card(name), hashlib.sha256()
+    assert card is not None
+    state = network.state_dict()
+    for key, tensor in state.items():
+        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    mean, std = _normalisation(cfg, None, {}, Path(f"timm's {name}"), name)
+    return Pretrained(
+        model=name,
+        title=name,
+        path=None,
+        state=state,
+        label_names=None,
+        mean=mean,
+        std=std,
+        xray=False,
+        digest=digest.hexdigest(),
+    )
 
 
 def _three(value: Numbers) -> list[float]:

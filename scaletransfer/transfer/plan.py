@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from scaletransfer import memory
 from scaletransfer.config import FinetuneConfig, PretrainConfig
 from scaletransfer.models import create_model
 from scaletransfer.transfer.data import Target, choose_resolution, open_target, shortened
+from scaletransfer.transfer.freezing import freeze
 from scaletransfer.transfer.hyperrule import HyperRule, hyper_rule, peak_lr
-from scaletransfer.transfer.network import Pretrained, decide_head, open_pretrained
-from scaletransfer.transfer.selection import Selection, load_selection, select
+from scaletransfer.transfer.network import Pretrained, decide_head, fixed_resolution, open_pretrained
+from scaletransfer.transfer.selection import Selection, load_selection, select, select_paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +70,21 @@ def make_plan(
     if cfg.selection is not None:
         selection = load_selection(Path(cfg.selection), target.index, split)
     else:
-        selection = select(
-            target.index,
-            split,
-            targets,
-            target.names,
-            shot=cfg.examples_per_class,
-            seed=cfg.seed,
-            allow_fewer=cfg.allow_fewer,
-        )
+        selection, how = _select(cfg, target, targets)
+        target = replace(target, notes=(*target.notes, *how))
     count = len(selection.rows)
     rule = hyper_rule(count, cfg.protocol, cfg.steps)
     peak = cfg.optimizer.lr if cfg.optimizer.lr is not None else peak_lr(cfg.global_batch, cfg.protocol)
-    alpha = rule.mixup if cfg.mixup is None else cfg.mixup
-    if cfg.data.resolution is not None:
+    alpha = (0.0 if cfg.cutmix else rule.mixup) if cfg.mixup is None else cfg.mixup
+    fixed = fixed_resolution(start.model)
+    if fixed is not None and cfg.data.resolution not in (None, list(fixed)):
+        raise ValueError(
+            f"{start.model} takes images of {fixed[1]} x {fixed[1]} pixels only: leave data.resolution out, or set it "
+            f"to {list(fixed)}"
+        )
+    if fixed is not None:
+        size, why = fixed, "the only one that the network takes"
+    elif cfg.data.resolution is not None:
         size, why = (cfg.data.resolution[0], cfg.data.resolution[1]), "as configured"
     else:
         size, why = choose_resolution(target, split)
@@ -148,13 +151,32 @@ def _says(
         f"{len(target.index.table(target.valid_split))}; {'with' if cfg.sampling == 'replacement' else 'without'} "
         "replacement",
         *([f"no training sample has {shortened(unseen)}: nothing is learnt of it"] if unseen else []),
-        f"network {start.model} from {start.path or 'drawn values (scratch)'}",
+        f"network {start.model} from "
+        + (start.path or ("drawn values (scratch)" if start.state is None else "timm's own weights")),
         head,
         f"resolution {size[0]}, crop {size[1]} ({why}); flip {cfg.data.flip:g}; mean {start.mean}, std {start.std}",
         f"BiT-HyperRule ({cfg.protocol}): {rule.steps} steps of {cfg.global_batch} images, peak learning rate "
         f"{peak}, warm-up {rule.warmup}, decays at {', '.join(map(str, rule.decays))}, "
-        + (f"mixup {cfg.mixup:g}" if cfg.mixup else "no mixup"),
+        + (f"mixup {cfg.mixup:g}" if cfg.mixup else "no mixup")
+        + (f", CutMix {cfg.cutmix:g}" if cfg.cutmix else ""),
+        *([f"frozen: all up to {cfg.model.freeze_through}"] if cfg.model.freeze_through else []),
+        *(["frozen: all but the classifier"] if cfg.model.linear_probe else []),
     ]
+
+
+def _select(cfg: FinetuneConfig, target: Target, targets: np.ndarray) -> tuple[Selection, list[str]]:
+    """The training samples by examples_per_class, and what a person should know of how."""
+    split, shot = cfg.data.train_split, cfg.examples_per_class
+    files = target.index.in_memory
+    if shot is not None and (cfg.few_shot == "paper" or (cfg.few_shot == "auto" and cfg.protocol == "paper" and files)):
+        found, note = select_paper(
+            target.index, split, targets, target.names, shot=shot, seed=cfg.seed, allow_fewer=cfg.allow_fewer
+        )
+        return found, [note]
+    found = select(target.index, split, targets, target.names, shot=shot, seed=cfg.seed, allow_fewer=cfg.allow_fewer)
+    asked = shot is not None and cfg.protocol == "paper" and cfg.few_shot == "auto"
+    note = "note: shards have no published order: few-shot samples are chosen by their keys, not as published"
+    return found, [note] if asked else []
 
 
 def without_samples(targets: np.ndarray, names: Sequence[str]) -> list[str]:
@@ -194,9 +216,11 @@ def _fit_memory(
     per_rank = cfg.global_batch // world
     if per_rank * world != cfg.global_batch:
         raise ValueError(f"global_batch {cfg.global_batch} is not a multiple of the {world} processes: change one")
-    pairs = 2 if cfg.mixup else 1
+    pairs = 2 if cfg.mixup or cfg.cutmix else 1
     if cfg.micro_batch is not None and cfg.micro_batch % pairs:
-        raise ValueError(f"micro_batch {cfg.micro_batch} is odd, but mixup mixes pairs: make it even, or set mixup=0")
+        raise ValueError(
+            f"micro_batch {cfg.micro_batch} is odd, but mixup mixes pairs (CutMix too): make it even, or set 0"
+        )
     if cfg.micro_batch is not None and per_rank % cfg.micro_batch:
         raise ValueError(
             f"micro_batch {cfg.micro_batch} does not divide the {per_rank} images of each of {world} processes: change "
@@ -213,8 +237,17 @@ def _fit_memory(
         how = "with" if checkpointing else "without"
         said = f"micro-batch {cfg.micro_batch}, {how} activation checkpointing, {precision}: as configured"
         return replace(cfg, precision=precision), [said]
+
+    def create() -> nn.Module:
+        return freeze(create_model(name, len(target.names)), cfg.model.freeze_through, cfg.model.linear_probe)
+
+    copies = (cfg.optimizer.name == "adamw") + (cfg.ema_decay is not None)
+    if copies:  # beyond the one of momentum, with which the estimate counts
+        with torch.device("meta"):
+            trained = sum(p.numel() for p in create().parameters() if p.requires_grad)
+        budget = (memory.available(device) if budget is None else budget) - 4 * copies * trained
     choice = memory.choose(
-        lambda: create_model(name, len(target.names)),
+        create,
         target.channels,
         size[1],
         global_batch=per_rank,

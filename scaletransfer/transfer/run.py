@@ -17,14 +17,13 @@ from scaletransfer.config import FinetuneConfig, ModelConfig, load_config
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.assemble import (
-    OPTIMIZERS,
     check_continues,
     check_same_start,
     make_network,
-    make_optimizer,
     say_start,
     seed_generators,
 )
+from scaletransfer.engine.average import WeightAverage
 from scaletransfer.engine.build import Engine, build_engine, resolve_precision
 from scaletransfer.engine.checkpoint import Checkpoint
 from scaletransfer.engine.evaluate import score
@@ -40,10 +39,13 @@ from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
 from scaletransfer.order import ORDER_VERSION, SelectionOrder
 from scaletransfer.results import RESULT
+from scaletransfer.transfer.freezing import freeze
 from scaletransfer.transfer.mixup import Mixup
 from scaletransfer.transfer.network import starting_values
+from scaletransfer.transfer.optimizers import CLASSES, check_engine, make
 from scaletransfer.transfer.plan import Plan
-from scaletransfer.transfer.scores import PREDICTIONS, lines, scores, write_predictions, write_result
+from scaletransfer.transfer.predictions import PREDICTIONS, write_predictions
+from scaletransfer.transfer.scores import lines, scores, write_result
 from scaletransfer.transfer.selection import save_selection
 from scaletransfer.transforms import Normalizer, bit_transform
 
@@ -120,8 +122,25 @@ def run_facts(plan: Plan) -> dict[str, Any]:
             "sampling": cfg.sampling,
             "oversampling": cfg.oversampling,
             "class_weights": cfg.class_weights,
+            **_beyond(cfg),
         },
     }
+
+
+def _beyond(cfg: FinetuneConfig) -> dict[str, Any]:
+    """What is used of the options that the paper does not have; a run of before has none of them."""
+    used = {
+        "freeze_through": cfg.model.freeze_through,
+        "linear_probe": cfg.model.linear_probe,
+        "cutmix": cfg.cutmix,
+        "label_smoothing": cfg.label_smoothing,
+        "ema_decay": cfg.ema_decay,
+        "layer_decay": cfg.optimizer.layer_decay,
+        "betas": cfg.optimizer.betas if cfg.optimizer.name == "adamw" else None,
+        "train_ratio": cfg.data.train_ratio,
+        "valid_ratio": cfg.data.valid_ratio,
+    }
+    return {key: value for key, value in used.items() if value}
 
 
 def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = None) -> Trainer:
@@ -134,12 +153,16 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
     """
     cfg, target = plan.cfg, plan.target
     micro, steps = cfg.micro_batch, cfg.steps
+    check_engine(cfg, strategy)
     assert micro is not None and steps is not None
     if not strategy.cpu:
         # one seed, the same bytes: the fastest of cuDNN's backward convolutions add in any order
         torch.backends.cudnn.deterministic = True
     facts = run_facts(plan)
-    class_weights = _class_weights(plan)
+    if cfg.label_smoothing and target.task != "multiclass":
+        raise ValueError("label_smoothing is for multi-class targets: set it to 0")
+    loss = make_loss(target.task, label_smoothing=cfg.label_smoothing)  # type: ignore[arg-type]
+    loss = replace(loss, class_weights=_class_weights(plan))
     check_writable(folder)
     latest = checkpoints.find_latest(folder / "checkpoints")
     found = None if latest is None else checkpoints.open_checkpoint(latest)
@@ -155,7 +178,7 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
     )
 
     def create() -> nn.Module:
-        return make_network(model, len(target.names))
+        return freeze(make_network(model, len(target.names)), cfg.model.freeze_through, cfg.model.linear_probe)
 
     def values(skeleton: nn.Module) -> Values:
         if found is None:
@@ -163,17 +186,18 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
         checkpoints.check_same_shapes(found, {n: tuple(t.shape) for n, t in skeleton.state_dict().items()})
         return checkpoints.model_values(found)
 
-    optimizer = cfg.optimizer.resolved(plan.peak)
     engine = build_engine(
         strategy,
         create,
         values,
-        lambda network: make_optimizer(optimizer, network),
+        lambda network: make(cfg.optimizer, plan.peak, network),
         precision=resolve_precision(cfg.precision, strategy),
         micro_batch=micro,
         accumulation=cfg.global_batch // (strategy.world * micro),
     )
-    verify.check_built(engine, OPTIMIZERS[cfg.optimizer.name])
+    verify.check_built(engine, CLASSES[cfg.optimizer.name])
+    if cfg.ema_decay is not None:
+        engine.average = WeightAverage(engine.pieces, cfg.ema_decay)
     check_same_start(engine, 0 if found is None else found.step)
     _check_same_micro_batch(engine)
     if found is not None:
@@ -184,11 +208,14 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
         held = take_folder(folder, cfg, strategy, latest)
         save_selection(plan.selection, target.index, cfg.data.train_split, folder / SELECTION)
     say_start(engine, found, steps)
-    mixing = Mixup(seed=cfg.seed, alpha=cfg.mixup, classes=len(target.names)) if cfg.mixup else None
+    mixing = None
+    if cfg.mixup or cfg.cutmix:
+        alpha, classes = cfg.mixup or 0.0, len(target.names)
+        mixing = Mixup(seed=cfg.seed, alpha=alpha, classes=classes, cutmix=cfg.cutmix, size=plan.resolution[1])
     return Trainer(
         cfg=cfg,
         engine=engine,
-        loss=replace(make_loss(target.task), class_weights=class_weights),  # type: ignore[arg-type]
+        loss=loss,
         names=target.names,
         train=train,
         valid=valid,
@@ -281,6 +308,7 @@ def finish(plan: Plan, trainer: Trainer, folder: Path) -> dict[str, Any]:
         "steps": plan.rule.steps,
         "last_step": trainer.total,
         "protocol": cfg.protocol,
+        "options": _beyond(cfg),
         "peak_lr": plan.peak,
         "task": target.task,
         "metric": score(target.task, found)[0],
@@ -290,7 +318,7 @@ def finish(plan: Plan, trainer: Trainer, folder: Path) -> dict[str, Any]:
         "metrics": found,
     }
     if engine.rank == 0:
-        write_predictions(folder / PREDICTIONS, target.task, predicted, target.index, split, target.names)
+        write_predictions(folder / PREDICTIONS, target.task, [(predicted, target.index, split)], target.names)
         latest = checkpoints.find_latest(folder / "checkpoints")
         assert latest is not None
         _export(checkpoints.open_checkpoint(latest), folder / MODEL)
@@ -308,7 +336,7 @@ def _export(checkpoint: Checkpoint, to: Path) -> None:
     if not to.exists():
         return export(checkpoint, to)
     try:
-        prove(checkpoint, to / "model.safetensors")
+        prove(checkpoints.for_use(checkpoint), to / "model.safetensors")
     except (ValueError, OSError, SafetensorError):
         raise ValueError(
             f"{to} holds something else than this run's model: move it away and give the same command again"

@@ -1,43 +1,102 @@
-"""What a run or an evaluation leaves behind: predictions of every image, scores with intervals."""
+"""What a run or an evaluation leaves behind: scores with intervals, calibration, confusion; result.json."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scaletransfer import keys as keys_of
-from scaletransfer.bootstrap import intervals
-from scaletransfer.engine.evaluate import report
+from scaletransfer.bootstrap import intervals, log_loss
+from scaletransfer.calibration import calibration, confusion
 from scaletransfer.files import json_bytes, write_atomically
 from scaletransfer.index import ShardIndex
 from scaletransfer.losses import Loss
+from scaletransfer.metrics import CHEXPERT_FIVE, chexpert_five, multiclass_report, multilabel_report
 from scaletransfer.results import FORMAT, FORMAT_VERSION, RESULT
-
-PREDICTIONS = "predictions.csv"
-WIDE = 200
-"""Classes up to which predictions have a column a class; beyond, the five most probable."""
 
 
 def scores(
     loss: Loss, predicted: dict[str, np.ndarray], index: ShardIndex, split: str, names: Sequence[str], *, resamples: int
 ) -> dict[str, Any]:
-    """Loss, metrics and (``resamples`` > 0) bootstrap intervals of ``predict``'s result.
+    """``summarise`` of ``predict``'s result on one split.
 
     The unit of resampling is the patient where the index knows them, else the image.
     """
-    found = report(loss, predicted, names)
+    patients = index.table(split)["patient"][predicted["position"]].astype(np.int64)
+    return summarise(predicted["logits"], predicted["target"], names, loss.task, groups=patients, resamples=resamples)
+
+
+def summarise(
+    values: np.ndarray,
+    target: np.ndarray,
+    names: Sequence[str],
+    task: str,
+    *,
+    groups: np.ndarray | None = None,
+    sources: Sequence[str] = (),
+    resamples: int = 1000,
+    from_logits: bool = True,
+) -> dict[str, Any]:
+    """Everything that is reported of a set of images, from its predictions and labels alone.
+
+    values [n, L]: logits, or probabilities with from_logits=False; target as in the reports of ``metrics``; groups: the
+    patient of each image as in ``bootstrap.intervals``; sources: the source of each image, where several were merged.
+
+    Returns the report of ``metrics`` with ``loss`` (mean negative log-likelihood), each class with ``specificity`` too,
+    ``calibration``, ``confusion``, (``resamples`` > 0) ``intervals``, of X-ray models ``chexpert_five``, and of merged
+    sets ``sources``: the same of each source alone.
+    """
+    make = multilabel_report if task == "multilabel" else multiclass_report
+    found = make(values, target, names, from_logits=from_logits)
+    known = found.get("known", len(target))
+    found["loss"] = float(log_loss(values, target, from_logits).sum()) / max(1, known)
+    p = probabilities(values, task) if from_logits else values.astype(np.float64)
+    found["calibration"] = calibration(p, target, names)
+    found["confusion"] = confusion(p, target, names)
+    _add_specificity(found, names)
     if resamples:
-        patients = index.table(split)["patient"][predicted["position"]].astype(np.int64)
-        found["intervals"] = intervals(
-            predicted["logits"], predicted["target"], names, task=loss.task, groups=patients, samples=resamples
-        )
+        how: dict[str, Any] = {"groups": groups, "samples": resamples, "from_logits": from_logits}
+        found["intervals"] = intervals(values, target, names, task=task, **how)
+    five = chexpert_five(found) if task == "multilabel" else None
+    if five is not None:
+        columns = [list(names).index(name) for name in CHEXPERT_FIVE]
+        if resamples:
+            between = intervals(values[:, columns], target[:, columns], CHEXPERT_FIVE, task=task, **how)
+            five["interval"] = between["mean_auroc"]
+        found["chexpert_five"] = five
+    if len(set(sources)) > 1:
+        whose = np.asarray(sources)
+        found["sources"] = {
+            name: summarise(
+                values[whose == name],
+                target[whose == name],
+                names,
+                task,
+                groups=None if groups is None else groups[whose == name],
+                resamples=resamples,
+                from_logits=from_logits,
+            )
+            for name in dict.fromkeys(sources)
+        }
     return found
+
+
+def _add_specificity(found: dict[str, Any], names: Sequence[str]) -> None:
+    """The share of each class's negatives that are not predicted, None where it has no negative."""
+    table = found["confusion"]
+    if isinstance(table, list):
+        counts = np.array(table)
+        false = counts.sum(axis=0) - counts.diagonal()
+    elif table is None:
+        return
+    else:
+        false = np.array([table[name][0][1] for name in names])
+    for number, name in enumerate(names):
+        negatives = found["classes"][name]["negatives"]
+        found["classes"][name]["specificity"] = 1 - float(false[number]) / negatives if negatives else None
 
 
 def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
@@ -46,50 +105,6 @@ def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
 
     values = logits.astype(np.float64)
     return np.asarray(expit(values) if task == "multilabel" else softmax(values, axis=1))
-
-
-def write_predictions(
-    path: Path, task: str, predicted: dict[str, np.ndarray], index: ShardIndex, split: str, names: Sequence[str]
-) -> None:
-    """One row an image: key, for image files their path (but of a data set whose identifiers are kept secret, where it
-    would name the patient), labels, probabilities.
-
-    Multi-class: ``label``, ``predicted`` and ``p:<class>`` (above 200 classes the five most probable as
-    ``class_1, p_1, ...``). Multi-label: ``label:<name>`` (1, 0, empty for unknown) and ``p:<name>``. Atomic.
-    """
-    rows = predicted["position"]
-    keys = index.keys(split, rows)
-    table = index.table(split)
-    p = probabilities(predicted["logits"], task)
-    wide = task == "multilabel" or len(names) <= WIDE
-    named = index.in_memory and index.salt_fingerprint == keys_of.fingerprint(keys_of.PUBLIC_SALT)
-    header = ["key", *(["image"] if named else [])]
-    if task == "multilabel":
-        header += [f"label:{name}" for name in names] + [f"p:{name}" for name in names]
-    elif wide:
-        header += ["label", "predicted", *(f"p:{name}" for name in names)]
-    else:
-        header += ["label", *(f"{what}_{rank}" for rank in range(1, 6) for what in ("class", "p"))]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(header)
-        for number, key in enumerate(keys):
-            line: list[Any] = [key]
-            if named:
-                line.append(index.splits[split].shards[int(table["shard"][rows[number]])].file)
-            target = predicted["target"][number]
-            if task == "multilabel":
-                line += ["" if np.isnan(value) else int(value) for value in target]
-                line += [f"{value:.6g}" for value in p[number]]
-            elif wide:
-                line += [names[int(target)], names[int(p[number].argmax())], *(f"{value:.6g}" for value in p[number])]
-            else:
-                line.append(names[int(target)])
-                for best in np.argsort(-p[number], kind="stable")[:5]:
-                    line += [names[int(best)], f"{p[number, best]:.6g}"]
-            writer.writerow(line)
-    os.replace(temporary, path)
 
 
 def write_result(folder: Path, content: dict[str, Any]) -> None:
@@ -109,6 +124,15 @@ def read_result(folder: Path) -> dict[str, Any]:
     return content
 
 
+def task_of(found: dict[str, Any]) -> str:
+    """The task that a report of ``summarise`` is of."""
+    return "multilabel" if "known" in found else "multiclass"
+
+
+def _row(title: str, value: float, between: Sequence[float] | None) -> str:
+    return f"{title:30}{value:8.4f}" + (f"  [{between[0]:.4f}, {between[1]:.4f}]" if between else "")
+
+
 def lines(found: dict[str, Any], names: Sequence[str], most: int = 30) -> str:
     """Scores as a table for a terminal: means with intervals, then a row a class."""
     bounds = found.get("intervals") or {}
@@ -123,9 +147,19 @@ def lines(found: dict[str, Any], names: Sequence[str], most: int = 30) -> str:
         ("mean_f1", "mean F1"),
     ):
         if found.get(key) is not None:
-            between = bounds.get(key)
-            interval = f"  [{between[0]:.4f}, {between[1]:.4f}]" if between else ""
-            shown.append(f"{title:24}{found[key]:8.4f}{interval}")
+            shown.append(_row(title, found[key], bounds.get(key)))
+    five = found.get("chexpert_five")
+    if five is not None and five["mean_auroc"] is not None:
+        shown.append(_row(f"AUROC, {five['mean_classes']} of CheXpert's 5", five["mean_auroc"], five.get("interval")))
+    calibrated = found.get("calibration")
+    if calibrated and calibrated["ece"] is not None:
+        shown.append(f"{'calibration error (ECE)':30}{calibrated['ece']:8.4f}  Brier score {calibrated['brier']:.4f}")
+    for title, one in found.get("sources", {}).items():
+        main = "mean_auroc" if task_of(found) == "multilabel" else "accuracy"
+        if one[main] is not None:
+            row = _row(f"{title}: {one['samples']} images", one[main], (one.get("intervals") or {}).get(main))
+            more = one.get("chexpert_five")
+            shown.append(row + (f"  CheXpert's five {more['mean_auroc']:.4f}" if more and more["mean_auroc"] else ""))
     if bounds:
         shown.append(
             f"intervals: {bounds['level']:.0%}, bootstrap of {bounds['units']} {bounds['unit']}s, "
