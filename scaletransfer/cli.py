@@ -56,6 +56,7 @@ COMMANDS = {
     "evaluate": Command(
         "scaletransfer.evaluate:main", "score a model on labelled images, with intervals and predictions"
     ),
+    "sweep": Command("scaletransfer.sweep:main", "a grid of fine-tuning runs: models x targets x shots x seeds"),
     "report": Command(
         "scaletransfer.report:main", "tables, figures and one page of many fine-tuning runs, beside the paper's"
     ),

@@ -71,10 +71,10 @@ def finetune(
     Raises:
         ValueError: what a person can mend. Nothing is written before everything has been checked.
     """
-    return _finetune(Path(logdir), cfg, pretrain, pretrain_name, asked(cuda=torch.cuda.is_available()), None)
+    return run_finetune(Path(logdir), cfg, pretrain, pretrain_name, asked(cuda=torch.cuda.is_available()), None)
 
 
-def _finetune(
+def run_finetune(
     folder: Path,
     cfg: FinetuneConfig,
     pretrain: PretrainConfig | None,
@@ -82,6 +82,7 @@ def _finetune(
     strategy: Strategy,
     guard: Guard | None,
 ) -> dict[str, Any]:
+    """``finetune`` on one rank of a strategy, inside of ``guard``."""
     device = torch.device("cpu" if strategy.cpu else f"cuda:{strategy.local_rank}")
     going = run.start_of(folder)
     before = run.read_resolved(folder)
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logdir = options["logdir"] or default_logdir(cfg, pretrain_name)
     strategy = asked(cuda=torch.cuda.is_available())
     with Guard(strategy, cfg.failing) as guard:
-        _finetune(logdir, cfg, pretrain, pretrain_name, strategy, guard)
+        run_finetune(logdir, cfg, pretrain, pretrain_name, strategy, guard)
     return 0
 
 

@@ -5,7 +5,7 @@ Both read the images where the loader reads them: loose files or shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,19 +28,26 @@ _THREADS = 16
 
 
 def check_images(
-    sources: Sequence[Source], rows: Sequence[NDArray[np.integer]], *, channels: int, depth: int, workers: int
+    sources: Sequence[Source],
+    rows: Sequence[NDArray[np.integer]],
+    *,
+    channels: int,
+    depth: int,
+    workers: int,
+    fill: Sequence[Callable[[int], bool]] = (),
 ) -> None:
     """Decode every given image once, so that a run does not end at a broken one after hours.
 
     rows[i] are rows of the table of sources[i] (repeated rows are decoded once).  channels and depth are those that
     the run decodes to.  `workers` processes decode; with 0 this one does.  Progress is shown on a terminal.
+    fill: for each source what decodes a row into a cache, if it isn't there yet, and says whether that went well.
 
     Raises ValueError that names the first five images that cannot be read, with reasons, and how many there are; or
     that a process has died.
     """
     places = [(number, int(row)) for number, chosen in enumerate(rows) for row in np.unique(chosen)]
     loader = DataLoader(
-        _Problems(sources, places, channels, depth),
+        _Problems(sources, places, channels, depth, fill),
         batch_size=_BATCH,
         collate_fn=list,
         num_workers=workers,
@@ -105,8 +112,15 @@ def probe_areas(index: ShardIndex, split: str, rows: NDArray[np.integer]) -> NDA
 class _Problems(Dataset[str]):
     """One sentence part for each image that cannot be used, "" for the others."""
 
-    def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]], channels: int, depth: int) -> None:
-        self.sources, self.places = tuple(sources), places
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        places: Sequence[tuple[int, int]],
+        channels: int,
+        depth: int,
+        fill: Sequence[Callable[[int], bool]],
+    ) -> None:
+        self.sources, self.places, self.fill = tuple(sources), places, tuple(fill)
         self.channels, self.depth = channels, depth
         self.reader = ShardReader()
 
@@ -116,6 +130,8 @@ class _Problems(Dataset[str]):
     def __getitem__(self, number: int) -> str:
         which, row = self.places[number]
         source = self.sources[which]
+        if self.fill and self.fill[which](row):
+            return ""
         try:
             data = read_image(self.reader, source.index, source.split, row)
         except (ValueError, OSError) as error:

@@ -283,14 +283,14 @@ class ShardDataset(Dataset[Batch]):
             pending.bad[number] = str(error)
 
     def _decode(self, pending: Pending, number: int, source: Source, row: int, data: bytes | memoryview) -> None:
-        position, how = pending.positions[number], self._decoding[pending.where[number][0]]
         try:
+            how = self._decoding[pending.where[number][0]]
             if self.fused is not None:
                 assert pending.pixels is not None
-                uniforms = sample_uniforms(self.seed, position, self.fused.geometry.draws)
+                uniforms = sample_uniforms(self.seed, pending.positions[number], self.fused.geometry.draws)
                 self.fused(data, how, uniforms, pending.pixels[number])
                 return
-            pixels = decode_at(data, self.channels, how)
+            planes = torch.from_numpy(decode_at(data, self.channels, how))
         except ValueError as error:
             mend = (
                 "replace or remove it, or make shards, which leave such images out"
@@ -299,26 +299,26 @@ class ShardDataset(Dataset[Batch]):
             )
             where = image_place(source.index, source.split, row)
             raise ValueError(f"{where} cannot be decoded ({error}): {mend}") from error
-        planes = torch.from_numpy(pixels)
-        planes = planes[None] if self.channels == 1 else planes.movedim(-1, 0)
+        self.use(pending, number, planes[None] if self.channels == 1 else planes.movedim(-1, 0))
+
+    def use(self, pending: Pending, number: int, planes: Tensor) -> None:
+        """Put decoded [c, H, W] into the batch, contiguous: a batch's strides choose the kernel of a convolution."""
         assert self.transform is not None
-        with seeded(sample_seed(self.seed, position)):
-            pending.loose[number] = self.transform(planes).numpy()
+        with seeded(sample_seed(self.seed, pending.positions[number])):
+            pending.loose[number] = self.transform(planes).contiguous().numpy()
 
     def _read(self, source: Source, row: int, entry: Entry | None) -> bytes | memoryview:
         """The bytes of an image file; ValueError, naming the shard and the offset, where they cannot be had."""
         try:
             return read_view(self.reader, source.index, source.split, row, entry)
         except OSError as error:
-            reason = error.strerror or type(error).__name__
-            where = image_place(source.index, source.split, row)
+            where, reason = image_place(source.index, source.split, row), error.strerror or type(error).__name__
             raise ValueError(f"{where} cannot be read ({reason}): copy the file again, then start again") from error
 
     def image_bytes(self) -> int:
         """Bytes of one image of a batch; of pipelines whose result is not known beforehand, of a black image's."""
         if self.fused is not None:
-            side, depth = self.fused.size, self._decoding[0].depth
-            return self.channels * side * side * depth // 8
+            return self.channels * self.fused.size**2 * self._decoding[0].depth // 8
         return self._black().nbytes
 
     def _black(self) -> np.ndarray:

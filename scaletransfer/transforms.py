@@ -24,7 +24,7 @@ AugmentProtocol = Literal["paper", "corrected"]
 DEEP_COLOUR = "A 16-bit image was given to the pipeline for natural images; use kind 'xray' or 8-bit files."
 Decoded = Image.Image | np.ndarray | Tensor
 _CROP_RATIO = 256 / 224  # of ImageNet's evaluation: Resize(256), CenterCrop(224)
-_ELONGATED = 8  # longest side in short sides that `bit_transform` resizes as a whole
+LONGEST = 8  # longest side in short sides that `bit_transform` resizes as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,20 @@ def bit_transform(train: bool, precrop: int, crop: int, *, square: bool, flip: f
     if not train:
         return v2.Compose([_grey_or_rgb, _Resize(crop)])
     return v2.Compose([_grey_or_rgb, _PrecropCrop(precrop, crop, square), v2.RandomHorizontalFlip(flip)])
+
+
+def bit_resize(pixels: Tensor, train: bool, precrop: int, crop: int, *, square: bool) -> Tensor | None:
+    """What `bit_transform`'s pipeline does before it draws anything: that pipeline gives the same, bit for bit, for the
+    result as for `pixels`, since it leaves a picture as it is that has the size already.
+
+    None for a picture of which the pipeline cuts out a window first (see there).
+    """
+    pixels = _grey_or_rgb(pixels)
+    if not train:
+        return _resized(pixels, crop, crop)
+    if not square and max(pixels.shape[-2:]) > LONGEST * min(pixels.shape[-2:]):
+        return None
+    return _precropped(pixels, precrop, square)
 
 
 @contextmanager
@@ -267,16 +281,19 @@ class _PrecropCrop(v2.Transform):
         return {"down": down, "across": across}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if self.square:
-            resized = _resized(inpt, self.precrop, self.precrop)
-        else:
-            longest = _ELONGATED * min(inpt.shape[-2:])
-            window = _cut(inpt, min(inpt.shape[-2], longest), min(inpt.shape[-1], longest), params)
-            height, width = window.shape[-2:]
-            short = min(height, width)
-            # Rounded down, as torchvision's and the published code's Resize does.
-            resized = _resized(window, self.precrop * height // short, self.precrop * width // short)
-        return _cut(resized, self.crop, self.crop, params).contiguous()
+        if not self.square:
+            longest = LONGEST * min(inpt.shape[-2:])
+            inpt = _cut(inpt, min(inpt.shape[-2], longest), min(inpt.shape[-1], longest), params)
+        return _cut(_precropped(inpt, self.precrop, self.square), self.crop, self.crop, params).contiguous()
+
+
+def _precropped(pixels: Tensor, precrop: int, square: bool) -> Tensor:
+    height, width = pixels.shape[-2:]
+    short = min(height, width)
+    if square:
+        return _resized(pixels, precrop, precrop)
+    # Rounded down, as torchvision's and the published code's Resize does.
+    return _resized(pixels, precrop * height // short, precrop * width // short)
 
 
 def _cut(pixels: Tensor, height: int, width: int, params: dict[str, float]) -> Tensor:

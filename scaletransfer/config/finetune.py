@@ -24,6 +24,8 @@ class FinetuneModelConfig:
     path: str | None = None
     """A pre-trained model: an exported folder, .safetensors, a published .pth.tar, Google's .npz, or a checkpoint of
     timm. null: pretrained_models/<name of the pre-training configuration>; of a network of timm, timm's own weights."""
+    title: str | None = None
+    """Name of the pre-trained model in results; null: that of its folder or file, or scratch."""
     from_scratch: bool = False
     """Start from drawn values instead of a checkpoint: the comparison that every transfer needs."""
     head: Literal["auto", "new", "keep"] = "auto"
@@ -107,6 +109,11 @@ class FinetuneDataConfig:
     check_images: bool = True
     """Decode every image file once before training starts, so that a damaged one does not end it hours later.
     Shards were checked when they were made."""
+    cache: str | None = None
+    """Folder for decoded and resized images, shared by all runs that name it: an image is decoded once for all seeds,
+    shots and starts, with the same result, bit for bit. It may be deleted at any time. null: none are kept."""
+    cache_gb: float = 20.0
+    """Most disk that data.cache may take, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
         check(0 < self.valid_share < 1, "data.valid_share", self.valid_share, "above 0 and below 1")
@@ -126,6 +133,7 @@ class FinetuneDataConfig:
         )
         check(self.flip is None or 0 <= self.flip <= 1, "data.flip", self.flip, "a probability, or null")
         check_reading(self.workers, self.prefetch_mb)
+        check(0 < self.cache_gb < float("inf"), "data.cache_gb", self.cache_gb, "above 0 (no cache: data.cache=null)")
         check((self.source is None) == (self.root is None), "data.root", self.root, "given together with data.source")
         read = self.source is not None
         check(read or self.protocol == "corrected", "data.protocol", self.protocol, "corrected without data.source")

@@ -77,7 +77,7 @@ def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretra
     xray = kind == "xray" or bool(card.get("transform", {}).get("xray"))
     return Pretrained(
         model=name,
-        title=title_of(path),
+        title=cfg.model.title or title_of(path),
         path=str(path),
         state=state,
         label_names=None if names is None else tuple(names),
@@ -162,7 +162,7 @@ def _drawn(cfg: FinetuneConfig, pretrain: PretrainConfig | None, path: Path | No
     )
     return Pretrained(
         model=name,
-        title="scratch",
+        title=cfg.model.title or "scratch",
         path=None,
         state=None,
         label_names=None,

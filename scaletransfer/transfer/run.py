@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from scaletransfer.config import FinetuneConfig, ModelConfig, load_config
+from scaletransfer.decoded import StoredDataset
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine import verify
 from scaletransfer.engine.assemble import (
@@ -39,6 +40,7 @@ from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
 from scaletransfer.order import ORDER_VERSION, SelectionOrder
 from scaletransfer.results import RESULT
+from scaletransfer.transfer.decoding import filling, keep_decoded
 from scaletransfer.transfer.freezing import freeze
 from scaletransfer.transfer.mixup import Mixup
 from scaletransfer.transfer.network import starting_values
@@ -265,9 +267,9 @@ def datasets(plan: Plan) -> tuple[ShardDataset, ShardDataset]:
     made = []
     for split, chosen in ((cfg.data.train_split, order), (plan.valid_split, None)):
         transform = bit_transform(chosen is not None, precrop, crop, square=square, flip=flip)
-        made.append(
-            ShardDataset([target.source(split)], chosen, transform, target.channels, cfg.seed, depth=target.depth)
-        )
+        kind = StoredDataset if cfg.data.cache else ShardDataset
+        data = kind([target.source(split)], chosen, transform, target.channels, cfg.seed, depth=target.depth)
+        made.append(keep_decoded(data, cfg.data, precrop, crop, square=square))
     return made[0], made[1]
 
 
@@ -285,13 +287,15 @@ def _class_weights(plan: Plan) -> tuple[float, ...] | None:
 
 def _check(plan: Plan, train: ShardDataset, valid: ShardDataset) -> None:
     rows = [plan.selection.rows, np.arange(len(valid))]
-    check_images(
-        [*train.sources, *valid.sources],
-        rows,
-        channels=plan.target.channels,
-        depth=plan.target.depth,
-        workers=plan.cfg.data.workers,
-    )
+    with filling([train, valid]) as fill:
+        check_images(
+            [*train.sources, *valid.sources],
+            rows,
+            channels=plan.target.channels,
+            depth=plan.target.depth,
+            workers=plan.cfg.data.workers,
+            fill=fill,
+        )
 
 
 def finish(plan: Plan, trainer: Trainer, folder: Path) -> dict[str, Any]:
