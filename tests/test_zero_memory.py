@@ -1,4 +1,4 @@
-"""What ZeRO holds beyond a rank's shares, without DeepSpeed: its own way is run by test_engine_parity and the bench."""
+"""What ZeRO holds beyond a rank's shares; whole runs of it are in test_engine_parity and the bench."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scaletransfer.engine.zero_memory import BUFFER, buffer_settings, forget_gradients, share_masters
+from scaletransfer.engine.zero_memory import BUFFER, buffer_settings, forget_gradients, shared_masters
 
 
 def resident() -> int:
@@ -30,15 +30,33 @@ def test_forgotten_gradients_are_zeros_and_take_no_memory(elements: int):
     assert buffer[-1] == 3.0
 
 
-def test_masters_in_float32_become_the_partitions_and_others_stay():
+def test_masters_in_float32_are_the_partitions_and_others_are_copies(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
     same, half = torch.arange(5.0), torch.arange(5, dtype=torch.bfloat16)
-    masters = [same.clone().requires_grad_(), half.float().requires_grad_()]
-    share_masters(SimpleNamespace(fp16_partitioned_groups_flat=[same, half], fp32_partitioned_groups_flat=masters))
+    zero = SimpleNamespace(
+        fp16_partitioned_groups_flat=[same, half],
+        fp16_partitioned_groups_flat_numel=[5, 5],
+        fp16_partitioned_groups_flat_id=[[0], [1]],
+        fp32_partitioned_groups_flat=[],
+        master_weights_and_grads_dtype=torch.float32,
+        device="cpu",
+        offload_optimizer=False,
+        params_in_nvme_and_cpu=False,
+        _swappable_optimizer_subgroup=lambda number: False,
+        _create_momentum_buffer=lambda *_: None,
+    )
+    before = Stage3._create_fp32_partitions
+    with shared_masters():
+        Stage3._create_fp32_partitions(zero)
+    assert Stage3._create_fp32_partitions is before and zero.device == "cpu"
+    masters = zero.fp32_partitioned_groups_flat
     assert masters[0].data_ptr() == same.data_ptr() and masters[0].requires_grad
     assert masters[1].data_ptr() != half.data_ptr() and masters[1].dtype == torch.float32
-    with torch.no_grad():
-        masters[0].add_(1)
-    assert torch.equal(same, torch.arange(5.0) + 1)
+    zero.fp32_partitioned_groups_flat = []
+    Stage3._create_fp32_partitions(zero)
+    assert zero.fp32_partitioned_groups_flat[0].data_ptr() != same.data_ptr(), "DeepSpeed needs no help any more"
 
 
 def test_buffers_are_bounded_in_every_stage():

@@ -23,6 +23,7 @@ from scaletransfer.engine.average import WeightAverage
 from scaletransfer.engine.build_fsdp2 import build_fsdp2
 from scaletransfer.engine.build_zero import build_zero, deepspeed_settings, fill_masters
 from scaletransfer.engine.filling import Values, fill, persistent_buffers
+from scaletransfer.engine.heap import bound_heap
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.rehearsal import make_accelerator
 from scaletransfer.engine.strategy import Strategy
@@ -157,6 +158,8 @@ def build_engine(
         if strategy.deepspeed:
             raise ValueError(f"precision is fp64, which {strategy.engine} does not offer: use fp32 or bf16")
         create = _in_float64(create)
+    if strategy.cpu and (strategy.fsdp or strategy.deepspeed):
+        bound_heap()
     accelerator = make_accelerator(strategy)
     verify.check_started(strategy, accelerator)
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from torch import nn
 from scaletransfer.engine.filling import Values, fill, persistent_buffers
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.strategy import Strategy
-from scaletransfer.engine.zero_memory import buffer_settings, share_masters
+from scaletransfer.engine.zero_memory import buffer_settings, forget_gradients, shared_masters
 
 
 def deepspeed_settings(strategy: Strategy, precision: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -76,10 +76,11 @@ def build_zero(
         module = create()
         fill(module, source)
     optimizer = make_optimizer(module)
-    model, wrapped = accelerator.prepare(module, optimizer)
+    with shared_masters():
+        model, wrapped = accelerator.prepare(module, optimizer)
     zero = getattr(wrapped, "optimizer", None)
-    if strategy.zero_stage == 3 and not strategy.offload:
-        share_masters(zero)
+    if strategy.engine == "zero3":
+        forget_gradients(zero)
     return model, module, optimizer, zero
 
 

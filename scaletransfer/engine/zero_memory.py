@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 BUFFER = 50_000_000
 """Elements of a communication buffer (200 MB in float32): a few units of R152x4. DeepSpeed's default is ten times that,
@@ -30,15 +34,29 @@ def buffer_settings(stage: int) -> dict[str, Any]:
     }
 
 
-def share_masters(zero: Any) -> None:
-    """Where ZeRO-3's partitions are float32 they are the masters themselves.
+@contextmanager
+def shared_masters() -> Iterator[None]:
+    """ZeRO-3 optimizers made inside take float32 partitions as the masters themselves.
 
-    DeepSpeed 0.19 means to do so, but compares a device with its name, which is never equal, and keeps a copy.
+    DeepSpeed 0.19 means to do so, but compares a device with its name, which is never equal, and would clone them all.
     """
-    pairs = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
-    for partition, master in pairs:
-        if partition is not None and (partition.dtype, partition.device) == (master.dtype, master.device):
-            master.data = partition
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    create = Stage3._create_fp32_partitions
+
+    def with_device(zero: Any) -> None:
+        name = zero.device
+        zero.device = torch.device(name)
+        try:
+            create(zero)
+        finally:
+            zero.device = name
+
+    Stage3._create_fp32_partitions = with_device
+    try:
+        yield
+    finally:
+        Stage3._create_fp32_partitions = create
 
 
 def forget_gradients(zero: Any) -> None:

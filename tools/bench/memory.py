@@ -1,6 +1,6 @@
 """How much memory a rank takes under each engine, next to what its shares of parameters, gradients and momentum are.
 
-    python tools/bench/memory.py             every engine, 2 and 4 ranks, R101x1 with 21,842 classes
+    python tools/bench/memory.py             every engine, 1, 2 and 4 ranks, R101x1 with 21,842 classes
     python tools/bench/memory.py --engines fsdp2,zero3 --ranks 2 --model BiT-M-R50x3
     python tools/bench/memory.py --model BiT-M-R152x4 --engines fsdp2,zero3 --ranks 2 --checkpointing on
 
@@ -24,7 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 
+from bench.launched import started  # noqa: E402
 from scaletransfer.cli import CommandParser, run_command  # noqa: E402 (the checkout's own, installed or not)
 from scaletransfer.engine.strategy import ENGINES  # noqa: E402
 
@@ -46,9 +48,14 @@ def launch(engine: str, ranks: int, spec: dict[str, Any], limit: float) -> list[
         command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", str(ranks)]
         command += [str(Path(__file__).with_name("memory_worker.py")), str(case)]
         environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
-        if done.returncode:
-            raise ValueError(f"{engine} on {ranks} ranks failed: {(done.stdout + done.stderr)[-3000:]}")
+        log = Path(name) / "output.txt"
+        with log.open("wb") as output, started(command, env=environment, stdout=output, stderr=output) as process:
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired as error:
+                raise ValueError(f"{engine} on {ranks} ranks took longer than --limit {limit:g} s") from error
+        if status:
+            raise ValueError(f"{engine} on {ranks} ranks failed: {log.read_text(errors='replace')[-3000:]}")
         return [json.loads((Path(name) / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -108,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         if engine not in ENGINES:
             raise ValueError(f"--engines {engine}: there are {', '.join(ENGINES)}")
         for ranks in [1] if engine == "single" else [int(number) for number in options.ranks.split(",")]:
-            if (engine != "single" and ranks == 1) or (engine == "hsdp" and ranks != 4):
+            if engine == "hsdp" and ranks != 4:
                 continue
             for way in ways:
                 row = facts(engine, ranks, way, launch(engine, ranks, {**spec, "checkpointing": way}, options.limit))
@@ -144,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=64, help="side of the images in pixels (default: 64)")
     add("--micro-batch", type=int, default=2, help="images a rank (default: 2)")
     add("--engines", default=",".join(ENGINES), metavar="A,B", help="engines (default: all)")
-    add("--ranks", default="2,4", metavar="N,M", help="numbers of ranks (default: 2,4; single has one)")
+    add("--ranks", default="1,2,4", metavar="N,M", help="numbers of ranks (default: 1,2,4; single has one, hsdp four)")
     add("--checkpointing", choices=("on", "off", "both"), default="both", help="recompute blocks (default: both)")
     add("--optimizer", choices=("sgd", "sgd_agc"), default="sgd_agc", help="(default: sgd_agc)")
     add("--steps", type=int, default=3, help="(default: 3)")
