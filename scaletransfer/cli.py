@@ -60,7 +60,16 @@ COMMANDS = {
     "report": Command(
         "scaletransfer.report:main", "tables, figures and one page of many fine-tuning runs, beside the paper's"
     ),
-    "export": Command("scaletransfer.export:main", "write a run's network as model.safetensors and model.json"),
+    "import": Command(
+        "scaletransfer.import_model:main", "bring a model of others into a folder of ours: published, Google's, timm's"
+    ),
+    "export": Command(
+        "scaletransfer.export_model:main", "write a run's network or a model: safetensors, timm, published, ONNX"
+    ),
+    "features": Command("scaletransfer.features:main", "what a model's body says of images, as float32 arrays"),
+    "predict": Command(
+        "scaletransfer.predict:main", "a table of label names and probabilities, with Grad-CAM pictures"
+    ),
 }
 
 

@@ -34,7 +34,7 @@ from scaletransfer.index import from_records, load_index
 from scaletransfer.labels import LabelPolicy
 from scaletransfer.loader import EvalSampler, ShardDataset
 from scaletransfer.models import create_model
-from scaletransfer.models.weights import load_into, load_pretrained
+from scaletransfer.models.weights import load_into, load_pretrained, network_options
 from scaletransfer.sources import named_values
 from scaletransfer.sources.image_folder import ImageFolder
 from scaletransfer.streams import batches, dead_workers_named, make_loader
@@ -101,7 +101,7 @@ def evaluate(
         print("\n".join(said))
     assert split is not None
     accelerator = make_accelerator(strategy)
-    network = create_model(card["model"], card["num_classes"])
+    network = create_model(card["model"], card["num_classes"], **network_options(card))
     load_into(network, state)
     network.to(accelerator.device).eval()
     chosen = resolve_precision(precision, strategy)

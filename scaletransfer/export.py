@@ -1,4 +1,4 @@
-"""`scaletransfer export RUN --to DIR`: a run's network as model.safetensors and model.json.
+"""A run's network as model.safetensors and model.json.
 
 What is written is proven against the training process: every piece is compared with the sha256 that the process took
 of its live memory when it saved, once when it is read and once more in the finished file. Nothing is held whole: a
@@ -8,9 +8,6 @@ network of any size needs some 16 MiB.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,9 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from scaletransfer.cli import CommandParser
-from scaletransfer.engine.checkpoint import CHUNK, Checkpoint, find_latest, for_use, open_checkpoint
+from scaletransfer.engine.checkpoint import CHUNK, Checkpoint, find_latest, for_use
+from scaletransfer.model_folder import FORMAT, FORMAT_VERSION, WEIGHTS, new_folder, write_card
 from scaletransfer.tensor_file import locate, write_tensors
-
-FORMAT_VERSION = 1
 
 
 def choose(run: Path, which: str) -> Path:
@@ -44,7 +39,7 @@ def describe(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
     """The content of model.json."""
     facts = checkpoint.facts
     return {
-        "format": "scaletransfer-model",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": facts["model"],
         "num_classes": len(facts["label_names"]),
@@ -53,6 +48,7 @@ def describe(checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
         "policy": facts["policy"],
         "normalisation": facts["normalisation"],
         "transform": facts["transform"],
+        **({"ws_eps": facts["ws_eps"]} if facts.get("ws_eps") is not None else {}),
         "provenance": {
             "step": checkpoint.step,
             "samples_seen": facts["samples_seen"],
@@ -75,16 +71,8 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
         ValueError: ``to`` holds something already, or bytes that differ from what the training process had.
     """
     checkpoint = for_use(checkpoint)
-    to = Path(os.path.abspath(to))  # "." has no name to put a temporary folder beside
-    if to.exists() and not to.is_dir():
-        raise ValueError(f"{to} is a file: give a folder to --to")
-    if to.exists() and any(to.iterdir()):
-        raise ValueError(f"{to} is not empty: give another folder to --to, or remove it first")
-    temporary = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        path = temporary / "model.safetensors"
+    with new_folder(to) as folder:
+        path = folder / WEIGHTS
         shapes = checkpoint.manifest["tensors"]
         names = [name for name in checkpoint.parts if name.startswith("model.")]
         layout = {name.removeprefix("model."): ("F32", shapes[name]) for name in names}
@@ -95,13 +83,7 @@ def export(checkpoint: Checkpoint, to: Path) -> None:
                 f"{to / path.name} cannot be written ({error.strerror or error}): nothing was exported"
             ) from error
         prove(checkpoint, path)
-        text = json.dumps(describe(checkpoint, digest), indent=1) + "\n"
-        (temporary / "model.json").write_text(text, encoding="utf-8")
-        if to.exists():
-            to.rmdir()
-        os.replace(temporary, to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_card(folder, describe(checkpoint, digest))
 
 
 def _values(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[np.ndarray]:
@@ -138,22 +120,3 @@ def prove(checkpoint: Checkpoint, path: Path) -> int:
                     raise ValueError(f"{path}: {name} differs from what the training process saved: not exported")
                 compared += 1
     return compared
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; raises ValueError for what a person can mend."""
-    parser = CommandParser(prog="scaletransfer export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder, for example runs/chexpert_bit50x1")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write; pretrained_models/<name> is usual")
-    parser.add_argument("--which", default="latest", help="latest (default), best, or a step number")
-    options = parser.parse_args(argv)
-    if options.which not in ("latest", "best") and not options.which.isdigit():
-        raise ValueError(f"--which {options.which}: must be latest, best or a step number")
-    checkpoint = open_checkpoint(choose(options.run, options.which))
-    export(checkpoint, options.to)
-    facts = checkpoint.facts
-    print(
-        f"{options.to}: {facts['model']} with {len(facts['label_names'])} outputs after {checkpoint.step} steps; every "
-        "tensor equals what the training process had in memory when it saved (sha256)"
-    )
-    return 0

@@ -25,8 +25,8 @@ from scaletransfer.cli import main as cli
 from scaletransfer.engine.checkpoint import open_checkpoint
 from scaletransfer.engine.checkpoint_save import Job, hidden
 from scaletransfer.engine.trainer import Trainer
-from scaletransfer.export import main as export
 from scaletransfer.export import prove
+from scaletransfer.export_model import main as export
 from scaletransfer.index import load_index
 from scaletransfer.models import create_model
 from scaletransfer.models.weights import load_pretrained

@@ -31,7 +31,7 @@ from scaletransfer.engine.trainer import Trainer
 from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
 from scaletransfer.models import PreActBottleneck, create_model, head_names, initial_tensors
-from scaletransfer.models.weights import load_pretrained
+from scaletransfer.models.weights import first_difference, load_pretrained
 from scaletransfer.optim import SGD_AGC, split_head
 from scaletransfer.order import ORDER_VERSION
 from scaletransfer.schedules import Schedule, lr_at
@@ -40,9 +40,10 @@ from scaletransfer.transforms import Normalizer
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "sgd_agc": SGD_AGC}
 
 
-def make_network(cfg: ModelConfig, classes: int) -> nn.Module:
-    """The configured network, with activation checkpointing and compilation switched on where asked for."""
-    network = create_model(cfg.name, classes)
+def make_network(cfg: ModelConfig, classes: int, **options: Any) -> nn.Module:
+    """The configured network, with activation checkpointing and compilation switched on where asked for. options: of
+    `create_model`."""
+    network = create_model(cfg.name, classes, **options)
     if cfg.activation_checkpointing:
         switch = getattr(network, "set_grad_checkpointing", None)
         if switch is None:
@@ -119,9 +120,11 @@ def _pretrained(
             "model.new_head=true to draw a new one"
         )
     if odd:
+        shapes = [{n: tuple(t.shape) for n, t in tensors.items() if n in used} for tensors in (state, own)]
+        difference = first_difference(*shapes)
         raise ValueError(
-            f"model.init_from {cfg.init_from} does not fit {cfg.name}: {len(odd)} tensors differ, first {odd[0]}; set "
-            "model.name to the network of that checkpoint"
+            f"model.init_from {cfg.init_from} does not fit {cfg.name}: {difference}; set model.name to the network of "
+            "that checkpoint"
         )
     if theirs is not None and not cfg.new_head and list(theirs) != list(names):
         raise ValueError(

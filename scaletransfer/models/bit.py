@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 GROUPS = 32
+TIMM_WS_EPS = 1e-8
+"""What timm's networks add to the variance when they standardise a weight; ours, as published and Google's, 1e-10."""
 PUBLISHED = tuple(
     f"BiT-{kind}-R{size}" for kind in "SM" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")
 )
@@ -66,6 +68,9 @@ def _standardized(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, T
         weight = weight.float()
     rows = weight.flatten(1)
     result, mean, inverse = torch.native_layer_norm(rows, list(rows.shape[1:]), None, None, eps)
+    if eps == TIMM_WS_EPS and len(rows):
+        # as timm's StdConv2d computes it, so that its weights give its logits to the last bit
+        result = F.batch_norm(rows[None], None, None, training=True, momentum=0.0, eps=eps)[0]
     return result, rows, mean, inverse
 
 

@@ -1,30 +1,28 @@
 """Reading checkpoints of the published forms, and fitting them to a model.
 
-Everything comes out in the names of our BiT, which are those of the published PyTorch checkpoints. No file is
-ever unpickled beyond plain tensors: `torch.load(weights_only=True)`, `np.load(allow_pickle=False)`,
-safetensors.
+Google's arrays come out in the names of our BiT, which are those of the published PyTorch checkpoints; other files
+keep theirs. `files` opens them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
-import struct
-import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scaletransfer.models import head_names
-from scaletransfer.models.bit import parse_name
+from scaletransfer.models import create_model, head_names
+from scaletransfer.models.bit import TIMM_WS_EPS, parse_name
+from scaletransfer.models.files import Entry, open_weights
 
 StateDict = dict[str, Tensor]
-_PICKLES = (".tar", ".pth", ".pt", ".bin", ".ckpt")
+Shapes = Mapping[str, tuple[int, ...]]
+V = TypeVar("V")
 
 
 def load_pretrained(path: str | Path, *, model_name: str | None = None) -> tuple[StateDict, dict[str, Any]]:
@@ -32,28 +30,72 @@ def load_pretrained(path: str | Path, *, model_name: str | None = None) -> tuple
 
     `path` may be a folder with `model.safetensors` or else `model.pth.tar` (or one `.npz`), a `.safetensors`
     file, a published `model.pth.tar` (a dict with `model`, names perhaps behind `module.`; a bare state_dict
-    is taken too), or one of Google's `.npz` files. Metadata is the content of the `.json` beside a
-    safetensors file ({} where there is none); for the others what is known: `format`, and `epoch` where the
-    file has it. `model_name` is used to check `model.json`, where both are there: another architecture is an
-    error.
+    is taken too), one of Google's `.npz` files, or a file of timm's `resnetv2_*_bit`. Metadata is the content
+    of the `.json` beside a safetensors file ({} where there is none); for the others what is known: `format`,
+    `ws_eps` where it isn't ours, and `epoch` where the file has it. `model_name` is used to check
+    `model.json`, where both are there: another architecture is an error.
 
     Raises ValueError (the file and the reason) when the file is not of such a form, is damaged, or holds
     pickled objects other than tensors and plain values: such a file is not loaded, and nothing in it runs.
     Raises FileNotFoundError when there is no such path.
     """
     file = locate(Path(path))
-    if file.suffix == ".safetensors":
-        state, meta = _load_safetensors(file)
-    elif file.suffix == ".npz":
-        state, meta = _load_npz(file)
-    elif file.suffix in _PICKLES:
-        state, meta = _load_torch(file)
+    opened = open_weights(file)
+    entries, meta = opened.entries, dict[str, Any]()
+    if opened.form == "npz":
+        entries, meta = from_google(entries, file), {"format": "google-npz"}
     else:
-        raise ValueError(f"{file}: unknown kind of checkpoint; known are .safetensors, .npz and {', '.join(_PICKLES)}.")
+        meta = card_beside(file)
+    if opened.form == "pytorch" and not meta:
+        meta = {"format": "pytorch"}
+        if opened.epoch is not None:
+            meta["epoch"] = opened.epoch
     found = meta.get("model")
-    if model_name is not None and isinstance(found, str) and found != model_name:
-        raise ValueError(f"{file} holds {found}, but {model_name} was asked for.")
-    return state, meta
+    if is_timm_bit(entries) and (found is None or parse_name(str(found)) is not None):
+        entries = from_timm(entries)
+        if found is None:
+            meta = {**meta, "format": "timm", "ws_eps": TIMM_WS_EPS}
+    if model_name is not None and isinstance(found, str) and not same_network(found, model_name):
+        raise ValueError(f"{file} holds {found}, but {model_name} was asked for{_difference(entries, model_name)}.")
+    return {name: entry.read() for name, entry in entries.items()}, meta
+
+
+def _difference(entries: Mapping[str, Entry], model_name: str) -> str:
+    """ ": <the first tensor that differs>" from a network of that name with this head; "" where there is none."""
+    head = entries.get("head.conv.weight")
+    if parse_name(model_name) is None or head is None:
+        return ""
+    with torch.device("meta"):
+        skeleton = create_model(model_name, head.shape[0])
+    shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    found = first_difference({name: entry.shape for name, entry in entries.items()}, shapes)
+    return found and f": {found}"
+
+
+def same_network(one: str, other: str) -> bool:
+    """Whether two names stand for one network: BiT-S and BiT-M of a size differ in what they were trained on."""
+    first, second = parse_name(one), parse_name(other)
+    if first is None or second is None:
+        return one == other
+    return (first.units, first.base) == (second.units, second.base)
+
+
+def network_options(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_model` must be told beside name and classes to build the network that a model.json describes: the
+    `ws_eps` of weights that were trained with another than ours."""
+    return {"ws_eps": float(card["ws_eps"])} if card.get("ws_eps") is not None else {}
+
+
+def first_difference(given: Shapes, wanted: Shapes) -> str:
+    """The first tensor of a network, in its order, that a file does not have or has in another shape, or else the
+    first that the network does not have; "" where both agree."""
+    for name, shape in wanted.items():
+        if name not in given:
+            return f"{name} {tuple(shape)} is missing"
+        if tuple(given[name]) != tuple(shape):
+            return f"{name} is {tuple(given[name])} in the file and {tuple(shape)} in the network"
+    foreign = next((name for name in given if name not in wanted), None)
+    return "" if foreign is None else f"{foreign} {tuple(given[foreign])} has no place in the network"
 
 
 def load_into(model: nn.Module, state: StateDict, head: Literal["strict", "replace"] = "strict") -> None:
@@ -93,26 +135,35 @@ def load_into(model: nn.Module, state: StateDict, head: Literal["strict", "repla
             value.copy_(given[name])
 
 
-def architecture_of(state: StateDict) -> str | None:
+def architecture_of(state: Mapping[str, Tensor | Entry]) -> str | None:
     """The name `BiT-S-R<depth>x<width>` (or `BiT-tiny`) of the network that these tensors are of, from the number of
     units in each block and the width of the root; None where they are of no BiT that has a name."""
     root = state.get("root.conv.weight")
-    if root is None:
+    if root is None or len(root.shape) != 4:
         return None
+    width = root.shape[0]
     counts: dict[str, set[str]] = {}
     for name in state:
         if match := re.match(r"body\.block([1-4])\.unit(\d\d)\.", name):
             counts.setdefault(match[1], set()).add(match[2])
     units = tuple(len(counts.get(block, ())) for block in "1234")
-    names = ["BiT-tiny", *(f"BiT-S-R{depth}x{max(1, len(root) // 64)}" for depth in (50, 101, 152))]
+    names = ["BiT-tiny", *(f"BiT-S-R{depth}x{max(1, width // 64)}" for depth in (50, 101, 152))]
     for name in names:
         known = parse_name(name)
-        if known is not None and (known.units, known.base) == (units, len(root)):
+        if known is not None and (known.units, known.base) == (units, width):
             return name
     return None
 
 
-def to_timm(state: StateDict) -> StateDict:
+def is_timm_bit(names: Mapping[str, Any]) -> bool:
+    """Whether these are the names of timm's `resnetv2_*_bit`, all of them."""
+    try:
+        return bool(names) and bool(from_timm(names))
+    except ValueError:
+        return False
+
+
+def to_timm(state: Mapping[str, V]) -> dict[str, V]:
     """Rename our BiT tensors to those of timm's `resnetv2_*_bit`, which computes the same but for eps 1e-8.
 
     Raises ValueError for a name that is not of our BiT.
@@ -120,7 +171,7 @@ def to_timm(state: StateDict) -> StateDict:
     return {_to_timm_name(name): value for name, value in state.items()}
 
 
-def from_timm(state: StateDict) -> StateDict:
+def from_timm(state: Mapping[str, V]) -> dict[str, V]:
     """Rename the tensors of timm's `resnetv2_*_bit` to ours. Raises ValueError for any other name."""
     return {_from_timm_name(name): value for name, value in state.items()}
 
@@ -172,80 +223,55 @@ def locate(path: Path) -> Path:
     return path
 
 
-def _load_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def stem_of(file: Path) -> str:
+    """The name without its suffix: "model" of model.pth.tar and of model.safetensors."""
+    return file.name.removesuffix(".tar").rpartition(".")[0]
 
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}.") from error
-    beside = file.with_suffix(".json")
+
+def card_beside(file: Path) -> dict[str, Any]:
+    """The content of the .json of the same name beside a file of weights, {} where there is none.
+
+    Of another file than a safetensors one, {} as well where it isn't a model.json of ours that describes this file.
+    Raises ValueError where it is damaged, or describes another safetensors file.
+    """
+    beside = file.with_name(stem_of(file) + ".json")
     if not beside.is_file():
-        return state, {}
+        return {}
     try:
         meta = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{beside} is not valid JSON: {error}.") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{beside} must hold one JSON object.")
+    if file.suffix != ".safetensors" and not (meta.get("format") == "scaletransfer-model" and "sha256" in meta):
+        return {}
     if isinstance(meta.get("sha256"), str):
         with file.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
         if found != meta["sha256"]:
+            if file.suffix != ".safetensors":
+                return {}
             raise ValueError(f"{file} is not the file that {beside.name} describes (sha256): copy or export it again.")
-    return state, meta
+    return meta
 
 
-def _load_torch(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own text suggests weights_only=False, the one thing not to do with a stranger's file.
-        found = re.search(r"(?:GLOBAL|function) ([\w.]+)", str(error))
-        what = f" (it asks for {found[1]})" if found else ""
-        raise ValueError(
-            f"{file} was refused and nothing in it was run: it is damaged or holds pickled objects "
-            f"other than tensors, which could execute code{what}; have it exported as safetensors."
-        ) from error
-    except (RuntimeError, EOFError, struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file} is not a readable PyTorch checkpoint: {first}.") from error
-    state: Any = content
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        state = content["model"]
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{file} holds neither a state_dict nor a dict with the entry 'model'.")
-    strange = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if strange:
-        raise ValueError(f"{file}: the entries {_some([str(s) for s in strange])} of its state_dict are not tensors.")
-    # DistributedDataParallel leaves its prefix on every name.
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    meta: dict[str, Any] = {"format": "pytorch"}
-    if isinstance(content, dict) and isinstance(content.get("epoch"), int):
-        meta["epoch"] = content["epoch"]
-    return dict(state), meta
+def from_google(entries: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
+    """The arrays of one of Google's BiT .npz files in our names. ValueError for one that has no place in BiT."""
+    made = {}
+    for key, entry in entries.items():
+        name = _from_google_name(key)
+        if name is None:
+            raise ValueError(f"{file} is not a BiT .npz file of plain arrays: the array {key!r} has no place in BiT.")
+        if len(entry.shape) == 4:
+            # TensorFlow keeps kernels as height, width, in, out.
+            height, width, c_in, c_out = entry.shape
+            entry = Entry(shape=(c_out, c_in, height, width), dtype=entry.dtype, read=_out_first(entry.read))
+        made[name] = entry
+    return made
 
 
-def _load_npz(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    state: StateDict = {}
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            for key in arrays.files:
-                value = arrays[key]
-                if not isinstance(value, np.ndarray):  # numpy gives any other member of the zip as bytes
-                    raise ValueError(f"the member {key!r} is no array")
-                if value.ndim == 4:
-                    # TensorFlow keeps kernels as height, width, in, out.
-                    value = value.transpose(3, 2, 0, 1)
-                name = _from_google_name(key)
-                if name is None:
-                    raise ValueError(f"the array {key!r} has no place in BiT")
-                state[name] = torch.from_numpy(np.ascontiguousarray(value))
-    except (ValueError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        raise ValueError(f"{file} is not a BiT .npz file of plain arrays: {error}.") from error
-    return state, {"format": "google-npz"}
+def _out_first(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: read().permute(3, 2, 0, 1).contiguous()
 
 
 def _from_google_name(key: str) -> str | None:

@@ -18,7 +18,7 @@ from scaletransfer.config import FinetuneConfig, PretrainConfig
 from scaletransfer.engine.filling import Values
 from scaletransfer.models import create_model, head_names, initial_tensors
 from scaletransfer.models.bit import parse_name
-from scaletransfer.models.weights import StateDict, architecture_of, load_pretrained, locate
+from scaletransfer.models.weights import StateDict, architecture_of, first_difference, load_pretrained, locate
 from scaletransfer.transfer.data import shortened
 
 PRETRAINED_MODELS = Path("pretrained_models")
@@ -43,6 +43,8 @@ class Pretrained:
     """Whether it was trained on X-rays, whose anatomy has sides."""
     digest: str
     """sha256 of the weights' file; "" for drawn values."""
+    ws_eps: float | None = None
+    """Of weight standardisation, where it is not ours."""
 
 
 def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretrain_name: str | None) -> Pretrained:
@@ -85,6 +87,7 @@ def open_pretrained(cfg: FinetuneConfig, pretrain: PretrainConfig | None, pretra
         std=std,
         xray=xray,
         digest=_digest(path, card),
+        ws_eps=card.get("ws_eps"),
     )
 
 
@@ -350,11 +353,9 @@ def starting_values(start: Pretrained, head: str, protocol: str, seed: int) -> C
 
 def _check_fits(start: Pretrained, own: StateDict, new: set[str]) -> None:
     state = start.state or {}
-    odd = sorted(n for n in own if n not in new and (n not in state or state[n].shape != own[n].shape))
-    foreign = sorted(n for n in state if n not in own)
-    if odd or foreign:
-        first = f"{odd[0]} is missing or has another shape" if odd else f"{foreign[0]} has no place in it"
+    wanted = {name: tuple(value.shape) for name, value in own.items() if name not in new}
+    given = {name: tuple(value.shape) for name, value in state.items() if name in wanted or name not in own}
+    if difference := first_difference(given, wanted):
         raise ValueError(
-            f"{start.path} does not fit {start.model}: {len(odd) + len(foreign)} tensors differ ({first}); set "
-            "model.name to the network of that checkpoint"
+            f"{start.path} does not fit {start.model}: {difference}; set model.name to the network of that checkpoint"
         )

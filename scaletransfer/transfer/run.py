@@ -38,6 +38,7 @@ from scaletransfer.export import export, prove
 from scaletransfer.image_check import check_images
 from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
+from scaletransfer.models.weights import network_options
 from scaletransfer.order import ORDER_VERSION, SelectionOrder
 from scaletransfer.results import RESULT
 from scaletransfer.transfer.decoding import filling, keep_decoded
@@ -94,6 +95,7 @@ def run_facts(plan: Plan) -> dict[str, Any]:
             "flip": cfg.data.flip,
             "xray": plan.start.xray,
         },
+        **({"ws_eps": plan.start.ws_eps} if plan.start.ws_eps is not None else {}),
         "seed": cfg.seed,
         "global_batch": cfg.global_batch,
         "order_version": ORDER_VERSION,
@@ -180,7 +182,8 @@ def build(plan: Plan, strategy: Strategy, folder: Path, guard: Guard | None = No
     )
 
     def create() -> nn.Module:
-        return freeze(make_network(model, len(target.names)), cfg.model.freeze_through, cfg.model.linear_probe)
+        network = make_network(model, len(target.names), **network_options({"ws_eps": plan.start.ws_eps}))
+        return freeze(network, cfg.model.freeze_through, cfg.model.linear_probe)
 
     def values(skeleton: nn.Module) -> Values:
         if found is None:
