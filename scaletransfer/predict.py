@@ -26,7 +26,8 @@ from PIL import Image
 from scaletransfer.cli import CommandParser
 from scaletransfer.explain import heat, need_grad_cam, overlay
 from scaletransfer.model_images import Ready, Seen, files_target, find_files, look, open_ready
-from scaletransfer.transfer.scores import WIDE, probabilities
+from scaletransfer.transfer.predictions import WIDE
+from scaletransfer.transfer.scores import probabilities
 
 _TOP_OF_MANY = 5
 _EXPLAINED_AT_ONCE = 4
