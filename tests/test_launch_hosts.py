@@ -119,8 +119,11 @@ def test_two_hosts_are_stopped_and_go_on(cluster):
 def test_a_link_that_is_interrupted_ends_both_in_time_and_the_run_goes_on(cluster, engine, how):
     """The cable is pulled out, or packets are lost without a word."""
     name = f"cut-{engine}-{how}"
-    cut = partial(getattr(cluster.hosts, how), True)
-    mend = partial(getattr(cluster.hosts, how), False)
+    hosts = cluster.hosts
+    cut, mend = {
+        "link": (partial(hosts.link, "down"), partial(hosts.link, "up")),
+        "drop": (partial(hosts.drop, True), partial(hosts.drop, False)),
+    }[how]
     run = cluster.start(engine, name)
     try:
         cluster.until_step(run, name, 6)

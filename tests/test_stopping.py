@@ -33,13 +33,13 @@ checkpoint: {every_steps: 100, every_minutes: null, keep: 100}
 log: {every_steps: 3, tensorboard: false}
 validate: {every_epochs: 2, batch: 1}
 """
-STEPS = 12  # of 2 ranks x 4 images x 2 micro-batches; validation after step 8, of 20 batches a rank
+STEPS = 12  # of 2 ranks x 4 images x 2 micro-batches; validation after step 8, of 20 batches a rank or more
 
 
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = write_config(folder, make_shards(folder, rows=67, valid=40, shard_size=30), CONFIG)
+        self.config = write_config(folder, make_shards(folder, rows=67, valid=80, shard_size=30), CONFIG)
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
