@@ -47,6 +47,7 @@ def test_masters_in_float32_are_the_partitions_and_others_are_copies(monkeypatch
         params_in_nvme_and_cpu=False,
         _swappable_optimizer_subgroup=lambda number: False,
         _create_momentum_buffer=lambda *_: None,
+        optimizer=SimpleNamespace(param_groups=[]),
     )
     before = Stage3._create_fp32_partitions
     with shared_masters():
