@@ -17,7 +17,7 @@ from helpers_run import Launched, launch, launch_to_end, make_shards, rows, run_
 
 from scaletransfer.engine import checkpoint as checkpoints
 from scaletransfer.engine.checkpoint import find_latest, open_checkpoint
-from scaletransfer.export import main as export
+from scaletransfer.export_model import main as export
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

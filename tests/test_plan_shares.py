@@ -130,7 +130,7 @@ def test_copies_for_checkpoints_are_those_that_are_made(world: int, momentum: bo
     sizes = []
     for rank in range(world):
         strategy = SimpleNamespace(replicas=world, replica=rank)
-        engine = SimpleNamespace(rank=rank, buffers=dict, pieces=plain_pieces(network), strategy=strategy)
+        engine = SimpleNamespace(rank=rank, buffers=dict, frozen=dict, pieces=plain_pieces(network), strategy=strategy)
         parts = [
             Part(f"{kind}.{piece.name}", 0, len(piece), torch.zeros(len(piece)))
             for piece in owned(engine)  # type: ignore[arg-type]
