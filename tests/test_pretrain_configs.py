@@ -99,4 +99,4 @@ def test_the_numbers_are_the_published_ones():
         assert cfg.optimizer.momentum == 0.9 and cfg.optimizer.nesterov and cfg.optimizer.weight_decay == 1e-4
         assert (cfg.data.rand_augment == [2, 9]) == name.endswith("optimized")
         assert (cfg.data.transform == "natural") == name.startswith("imagenet")
-        assert isinstance(cfg.data.mean, list) == name.startswith("imagenet1k")
+        assert isinstance(cfg.data.mean, list) == name.startswith("imagenet")
