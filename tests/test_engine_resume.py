@@ -179,6 +179,7 @@ def killed_while_saving(bench: Bench, engine: str, name: str) -> None:
     assert (bench.run(name) / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
 
+@pytest.mark.slow
 def test_fsdp2_killed_and_the_same_command_again(bench):
     killed_at_random(bench, "fsdp2", "killed-fsdp2", seed=0)
     resumed(bench, "fsdp2", "killed-fsdp2")
