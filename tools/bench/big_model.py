@@ -128,7 +128,9 @@ class Command:
                 if kill and not began_saving and any(checkpoint.glob(".step-*.tmp")):
                     began_saving = time.monotonic()
                 if kill and latest.exists():
-                    made.killed, made.save_seconds = True, time.monotonic() - began_saving
+                    made.killed = True
+                    # a small one may be complete before it was seen to begin
+                    made.save_seconds = time.monotonic() - began_saving if began_saving else 0.0
                     break
                 if time.monotonic() > end:
                     raise ValueError(f"{engine} took longer than --limit {self.options.limit:g} s: {_end(log)}")
