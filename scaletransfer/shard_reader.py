@@ -253,21 +253,22 @@ def _damaged(index: ShardIndex, split: str, row: int) -> str:
     return f"{where} is damaged (its CRC-32 differs from the sample table's): copy the shard"
 
 
-def check_once(index: ShardIndex, split: str, allowed: int = 0) -> frozenset[int]:
+def check_once(index: ShardIndex, split: str, allowed: int | None = None) -> frozenset[int]:
     """Rows of a split that are another row's sample once more, which an epoch would see twice.
 
     Raises:
-        ValueError: there are more than `allowed`; the sentence names the first pair, their shards and offsets.
+        ValueError: there are more than `allowed` (None: than 0, and no setting allows any); the sentence names the
+            first pair, their shards and offsets.
     """
     keys = np.ascontiguousarray(index.table(split)["key"])
     rows = rows_twice(keys)
-    if len(rows) > allowed:
+    if len(rows) > (allowed or 0):
         first = int(np.flatnonzero(keys == keys[rows[0]])[0])
         raise ValueError(
             f"{image_place(index, split, int(rows[0]))} is the same sample as {image_place(index, split, first)}, and "
             f"{len(rows)} row(s) of {index.splits[split].table_file or index.where} are so: an epoch would see them "
-            "twice; make the folder again with make_shards --overwrite, or, to leave up to N of them out of "
-            "pre-training, set data.max_bad_samples=N"
+            "twice; make the folder again with make_shards --overwrite"
+            + ("" if allowed is None else ", or, to leave up to N of them out, set data.max_bad_samples=N")
         )
     return frozenset(rows.tolist())
 

@@ -62,7 +62,7 @@ def open_data(cfg: PretrainConfig) -> tuple[ShardDataset, ShardDataset | None, t
         training = white is None
         chosen = [Source(index=i, split=s, policy=rules, names=names) for i, s in pairs]
         max_bad = data.max_bad_samples if training else 0
-        twice = [check_once(i, s, max_bad) for i, s in pairs]
+        twice = [check_once(i, s, max_bad if training else None) for i, s in pairs]
         order = None
         if training:
             shards = tuple(source.shards for source in chosen)

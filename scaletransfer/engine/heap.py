@@ -17,7 +17,7 @@ def bound_heap() -> bool:
 
     A sharding engine gathers, reduces and frees blocks of many sizes between shards that stay. glibc raises its limit
     for mappings with the first large tensor that is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD), and what is
-    smaller then leaves holes in the heap: with BiT-M-R152x4 on two ranks 3 GB a rank.
+    smaller then leaves holes in the heap: with BiT-M-R152x4 on two ranks 2.4 GB a rank.
 
     Raises:
         OSError: glibc refuses the limits.
