@@ -193,10 +193,10 @@ def write_scores(folder: Path, found: dict[str, Any]) -> None:
     write_atomically(folder / METRICS, json_bytes(found))
 
 
-def open_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """(folder, tensors, content of model.json) of an exported model, or of a fine-tuning run's.
+def load_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(folder, tensors, model.json, {} if there is none) of an exported model, or of a fine-tuning run's.
 
-    Raises ValueError where model.json does not say what is needed.
+    Raises ValueError for a pre-training run, and what `check_card` raises.
     """
     if (path / "model" / "model.safetensors").is_file():
         path = path / "model"
@@ -206,6 +206,15 @@ def open_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         )
     state, card = load_pretrained(path)
     check_card(card, path)
+    return path, state, card
+
+
+def open_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(folder, tensors, content of model.json) of an exported model, or of a fine-tuning run's.
+
+    Raises ValueError where model.json does not say what is needed.
+    """
+    path, state, card = load_model(path)
     for key in ("model", "num_classes", "label_names", "task", "transform", "normalisation"):
         if key not in card:
             raise ValueError(

@@ -13,18 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from scaletransfer import keys
-from scaletransfer.evaluate import prepare
+from scaletransfer.evaluate import load_model, prepare
 from scaletransfer.image_check import check_images
 from scaletransfer.index import from_records, load_index
 from scaletransfer.labels import LabelPolicy
 from scaletransfer.loader import EvalSampler, ShardDataset
 from scaletransfer.models import BiT, create_model
-from scaletransfer.models.weights import load_into, load_pretrained, network_options
+from scaletransfer.models.weights import load_into, network_options
 from scaletransfer.sources.base import Record, Source
 from scaletransfer.sources.image_folder import IMAGE_SUFFIXES, ImageFolder
 from scaletransfer.streams import batches, dead_workers_named, make_loader
 from scaletransfer.transfer.data import Target, make_target
-from scaletransfer.transfer.network import check_card
 from scaletransfer.transforms import Normalizer
 
 
@@ -61,14 +60,7 @@ def open_ready(path: Path, needs: Sequence[str]) -> Ready:
 
     Raises ValueError where that does not say what is needed, naming the option of import that does.
     """
-    if (path / "model" / "model.safetensors").is_file():
-        path = path / "model"
-    elif (path / "checkpoints").is_dir():
-        raise ValueError(
-            f"{path} is a run, not a model: write its model first with scaletransfer export {path} --to DIR"
-        )
-    state, card = load_pretrained(path)
-    check_card(card, path)
+    path, state, card = load_model(path)
     for key in ("model", "num_classes", "normalisation", *needs):
         if key not in card:
             how = {"task": " --task", "transform": " --transform and --size", "label_names": " --labels"}.get(key, "")
