@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -37,29 +38,49 @@ class Decoding:
     white: int = WHITE16
 
 
+class PlainJpeg(NamedTuple):
+    """What the header of an ordinary JPEG says."""
+
+    height: int
+    width: int
+    height_at: int
+    """Offset of the two bytes of the height."""
+    rows_at_once: int
+    """Rows of a block of all components; 0 where the file is not one scan from top to bottom."""
+    colour: bool
+
+
 def decode_at(
     data: bytes | memoryview,
     channels: int,
     how: Decoding,
     scale: int = 1,
-    sides: tuple[int, int] | None = None,
+    plain: PlainJpeg | None = None,
     memory: np.ndarray | None = None,
+    rows: int | None = None,
 ) -> np.ndarray:
     """``decode`` as an array [H, W] (channels 1) or [H, W, 3]; at 1 / scale of the size where that is a plain JPEG.
 
-    scale: 1, 2, 4 or 8; above 1 only where ``plain_jpeg_size`` is not None.  A pixel at 1 / scale stands for scale x
-    scale pixels; sides are rounded up.  sides: ``plain_jpeg_size``, where it is at hand.  memory: uint8, of the size of
-    the result, which may be put there; only where ``plain_jpeg_size`` is not None.  Damaged data has the reasons of
-    ``decode``.
+    scale: 1, 2, 4 or 8; above 1 only where ``plain_jpeg`` is not None.  A pixel at 1 / scale stands for scale x
+    scale pixels; sides are rounded up.  plain: ``plain_jpeg``, where it is at hand.  memory: uint8, of the size of
+    the whole result, which may be put there; only where ``plain_jpeg`` is not None.  rows: no more than the first so
+    many rows of the result are wanted, and the bytes are known to be whole: what lies below may be left out, and damage
+    may pass unseen.  Otherwise damaged data has the reasons of ``decode``.
     """
     if how.depth == 8:
-        sides = sides or plain_jpeg_size(data)
-        if sides is not None:
-            height, width = -(-sides[0] // scale), -(-sides[1] // scale)
+        plain = plain or plain_jpeg(data)
+        if plain is not None:
+            upper = None if rows is None else _upper(data, plain, rows * scale, scale)
+            file, height = upper or (data, plain.height)
             try:
                 # libjpeg-turbo takes the smallest of its scales that is at least as large: exactly this one
                 pixels = simplejpeg.decode_jpeg(
-                    data, "GRAY" if channels == 1 else "RGB", min_height=height, min_width=width, buffer=memory
+                    file,
+                    "GRAY" if channels == 1 else "RGB",
+                    min_height=-(-height // scale),
+                    min_width=-(-plain.width // scale),
+                    buffer=memory,
+                    strict=upper is None,  # the rest of the file is there, of which the header knows nothing any more
                 )
             except ValueError:
                 pixels = None  # Pillow has the last word
@@ -71,6 +92,24 @@ def decode_at(
         blocks = picture[:, : height * scale, : width * scale].reshape(channels, height, scale, width, scale)
         picture = blocks.mean(axis=(2, 4)).round().astype(picture.dtype)
     return picture[0] if channels == 1 else np.ascontiguousarray(np.moveaxis(picture, 0, -1))
+
+
+def _upper(data: bytes | memoryview, plain: PlainJpeg, rows: int, scale: int) -> tuple[bytearray, int] | None:
+    """The file with a smaller height in its header, and that height: at least ``rows``, and all of them as before.
+
+    A sequential scan holds the picture from top to bottom, so a decoder that is told of fewer rows reads fewer bytes.
+    None where that leaves nothing out, or where the file does not end as it should.
+    """
+    if not plain.rows_at_once or data[-2:] != b"\xff\xd9":
+        return None
+    # chroma that has fewer rows than luma is interpolated from the rows below, too
+    needed = rows + 2 * scale if plain.colour else rows
+    height = -(-needed // plain.rows_at_once) * plain.rows_at_once
+    if height >= plain.height:
+        return None
+    changed = bytearray(data)
+    struct.pack_into(">H", changed, plain.height_at, height)
+    return changed, height
 
 
 def decode(data: bytes, channels: int, depth: int = 8, deep_white: int = WHITE16, white: int = WHITE16) -> Tensor:
@@ -97,7 +136,7 @@ def decode(data: bytes, channels: int, depth: int = 8, deep_white: int = WHITE16
         shown = torch.from_numpy(read_dicom(data))[None]
         return _fit(shown, channels, depth, WHITE16, white)
     # Opening a file in Pillow costs as much as decoding a thumbnail: ordinary JPEGs go without.
-    picture = None if plain_jpeg_size(data) else _open(data)
+    picture = None if plain_jpeg(data) else _open(data)
     pixels = None
     if picture is None or is_ordinary_jpeg(picture):
         try:
@@ -127,23 +166,26 @@ def image_size(data_or_head: bytes) -> tuple[int, int]:
     return (width, height) if orientation(picture) >= 5 else (height, width)
 
 
-def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) of a JPEG of 8-bit grey or colour without EXIF or XMP and of a possible size; None for all else.
+def plain_jpeg(data: bytes | memoryview) -> PlainJpeg | None:
+    """Sides of a JPEG of 8-bit grey or colour without EXIF or XMP and of a possible size; None for all else.
 
     Segments as in ITU-T T.81, annex B; anything out of the ordinary is None.
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, size = 2, None
+    at, found = 2, None
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], (data[at + 2] << 8) + data[at + 3]
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended and progressive frames
             bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
             if bits != 8 or not 0 < height * width <= _most_pixels() or components not in (1, 3):
                 return None
-            size = (height, width)
+            block = 8 * max((rows & 15 for rows in data[at + 11 : at + 10 + 3 * components : 3]), default=0)
+            found = PlainJpeg(height, width, at + 5, block if marker != 0xC2 else 0, components == 3)
         elif marker == 0xDA:  # start of the first scan
-            return size
+            if found is not None and data[at + 4] != (3 if found.colour else 1):
+                return found._replace(rows_at_once=0)  # a scan for each component
+            return found
         elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not (0xE0 <= marker <= 0xEF and marker != 0xE1):
             return None
         at += 2 + length

@@ -6,6 +6,7 @@ everything unusual, and the tests compare the two. Where they differ:
 - A JPEG of which the used part still has at least twice the wanted side when it is decoded at 1/2, 1/4 or 1/8 is
   decoded at that scale, by the inverse DCT of fewer coefficients. Other scales that the library offers are slower and
   visibly worse.
+- Of a JPEG that is known to be undamaged, rows below the last one that is used are not decoded. This changes no pixel.
 - What has n times the wanted side is first reduced to 1/n, each pixel the mean of its block (n a multiple of that part,
   so that the result is the same without it). The rest, a ratio below 2, is one bilinear resampling: at most four
   neighbours, where Pillow and torchvision widen the filter with the ratio. Evaluation of X-rays that have less than
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from scaletransfer.decode import Decoding, decode_at, plain_jpeg_size
+from scaletransfer.decode import Decoding, decode_at, plain_jpeg
 from scaletransfer.transforms import DEEP_COLOUR, XRAY, AugmentProtocol, TransformOptions, kind_refusal
 
 SCALES = (8, 4, 2)
@@ -85,22 +86,26 @@ class Fused:
         """Height and width of what comes out."""
         return self.geometry.size
 
-    def __call__(self, data: bytes | memoryview, how: Decoding, uniforms: Uniforms, out: np.ndarray) -> None:
+    def __call__(
+        self, data: bytes | memoryview, how: Decoding, uniforms: Uniforms, out: np.ndarray, *, whole: bool = False
+    ) -> None:
         """Fill ``out`` [channels, size, size], uint8 or for ``how.depth`` 16 uint16, C-contiguous.
+
+        whole: these bytes are known to be undamaged, so that the end of the file need not be read for it.
 
         Raises:
             ValueError: a reason that names no file, see ``decode``.
         """
         if how.depth == 16 and self.channels == 3:
             raise ValueError(DEEP_COLOUR)
-        sides = plain_jpeg_size(data) if how.depth == 8 else None
-        if sides is not None:
-            box = self.geometry.used(*sides, uniforms)
-            part_of = self._scale(box)
-            height, width = -(-sides[0] // part_of), -(-sides[1] // part_of)
+        plain = plain_jpeg(data) if how.depth == 8 else None
+        if plain is not None:
+            box = self.geometry.used(plain.height, plain.width, uniforms)
+            scale = part_of = self._scale(box)
+            height, width = -(-plain.height // scale), -(-plain.width // scale)
             memory = _memory("decoded", (height, width, self.channels), np.uint8)
-            pixels = decode_at(data, self.channels, how, part_of, sides, memory)
-            scale = part_of
+            rows = _rows(box, scale)[1] if whole else None
+            pixels = decode_at(data, self.channels, how, scale, plain, memory, rows)
         else:
             pixels = decode_at(data, self.channels, how)
             height, width = pixels.shape[:2]
@@ -114,9 +119,9 @@ class Fused:
         if self.channels == 1:
             self.geometry.resample(part, exact, uniforms, out[0])
             return
-        whole = _memory("whole", (self.size, self.size, 3), out.dtype)
-        self.geometry.resample(part, exact, uniforms, whole)
-        cv2.split(whole, list(out))
+        colours = _memory("colours", (self.size, self.size, 3), out.dtype)
+        self.geometry.resample(part, exact, uniforms, colours)
+        cv2.split(colours, list(out))
 
     def _scale(self, box: Box) -> int:
         """The part of its size, as a divisor, that is enough for this box."""
@@ -228,12 +233,18 @@ class RandomCrop:
 
 def _cut(pixels: np.ndarray, box: Box, scale: int) -> tuple[np.ndarray, Box]:
     """The part of an image that was decoded at 1 / scale, by whole pixels, and where in it the asked-for part lies."""
-    first_row, first_column = round(box.top / scale), round(box.left / scale)
-    last_row = max(first_row + 1, round((box.top + box.height) / scale))
+    first_row, last_row = _rows(box, scale)
+    first_column = round(box.left / scale)
     last_column = max(first_column + 1, round((box.left + box.width) / scale))
     part = pixels[first_row:last_row, first_column:last_column]
     top, left = box.top / scale - first_row, box.left / scale - first_column
     return part, Box(top, left, box.height / scale, box.width / scale)
+
+
+def _rows(box: Box, scale: int) -> tuple[int, int]:
+    """First row and the one after the last of a box in an image that was decoded at 1 / scale."""
+    first = round(box.top / scale)
+    return first, max(first + 1, round((box.top + box.height) / scale))
 
 
 def _reduced(part: np.ndarray, box: Box, down: int, across: int) -> tuple[np.ndarray, Box]:

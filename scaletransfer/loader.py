@@ -29,7 +29,7 @@ from scaletransfer.fused import Fused
 from scaletransfer.index import ShardIndex
 from scaletransfer.losses import UNKNOWN_CLASS
 from scaletransfer.order import Positions, rank_positions, sample_seed, sample_uniforms
-from scaletransfer.shard_reader import Entry, ShardReader, entries_of, image_place, read_view
+from scaletransfer.shard_reader import Entry, ShardReader, entries_of, image_place, known_whole, read_view
 from scaletransfer.storage_errors import StorageError
 from scaletransfer.storage_settings import RemoteSettings
 from scaletransfer.transforms import seeded
@@ -134,8 +134,7 @@ class ShardDataset(Dataset[Batch]):
         order: position -> (source, row); None for validation, where position is the row of the concatenated sources.
         transform: a ``Fused``; or decoded [c, H, W] tensor -> tensor of one size, whose randomness is drawn from
             torch's generator, seeded here by (seed, position).
-        channels: 1 (grey) or 3.
-        seed: of the run.
+        channels: 1 (grey) or 3. seed: of the run.
         depth: 8 for uint8 images, 16 for uint16; None takes each source's own from its index.
         pixel_max: the value that stands for white in 16-bit batches, to which images of every source are scaled;
             None takes the largest of the sources. 8-bit batches have 255.
@@ -288,7 +287,8 @@ class ShardDataset(Dataset[Batch]):
             if self.fused is not None:
                 assert pending.pixels is not None
                 uniforms = sample_uniforms(self.seed, pending.positions[number], self.fused.geometry.draws)
-                self.fused(data, how, uniforms, pending.pixels[number])
+                whole = known_whole(source.index, pending.entries[number])
+                self.fused(data, how, uniforms, pending.pixels[number], whole=whole)
                 return
             planes = torch.from_numpy(decode_at(data, self.channels, how))
         except ValueError as error:

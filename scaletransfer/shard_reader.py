@@ -202,6 +202,11 @@ def entries_of(rows: NDArray[Any]) -> list[Entry]:
     return list(map(Entry, *(rows[name].tolist() for name in Entry._fields)))
 
 
+def known_whole(index: ShardIndex, entry: Entry | None) -> bool:
+    """Whether what `read_view` gave is surely undamaged: make_shards had decoded it, and its CRC-32 was compared."""
+    return entry is not None and entry.crc != 0 and not index.in_memory and not is_foreign(index.encoder)
+
+
 def read_view(
     reader: ShardReader, index: ShardIndex, split: str, row: int, entry: Entry | None = None
 ) -> bytes | memoryview:

@@ -142,7 +142,7 @@ def test_a_part_of_the_size_cannot_be_seen(monkeypatch, height, width):
     def in_full(data: bytes, channels: int, how: Decoding, *_) -> np.ndarray:
         return original(data, channels, how)
 
-    monkeypatch.setattr(module, "plain_jpeg_size", lambda data: None)
+    monkeypatch.setattr(module, "plain_jpeg", lambda data: None)
     monkeypatch.setattr(module, "decode_at", in_full)
     whole = [run(fused, data) for fused in (still, evaluation)]
     # the mirrored border may lie up to half a pixel aside
