@@ -70,65 +70,88 @@ def intervals(
     if samples < 1 or not 0 < level < 1:
         raise ValueError(f"Bootstrap intervals need samples >= 1 and 0 < level < 1, not {samples} and {level}.")
     if task == "multilabel":
-        table = check_multilabel(scores, target, names)
-        predicted = table.score > (0.0 if from_logits else 0.5)
-        right = ((predicted == (table.truth == 1)) & table.known).sum(axis=1)
-        counted = table.known.sum(axis=1)
-        totals = {"accuracy": right, "loss": log_loss(table.score, table.truth, from_logits)}
-        outcomes, alarms = (table.truth == 1) & table.known, predicted & table.known
-        known = table.known
-        classes: Iterator[_Class] = (
-            _Class.of(table.score[:, c], table.truth[:, c] == 1, np.flatnonzero(table.known[:, c]))
-            for c in range(len(names))
-        )
+        seen = _multilabel(scores, target, names, from_logits)
     elif task == "multiclass":
-        score, truth = check_multiclass(scores, target, names)
-        rank, first = rank_of_target(score, truth)
-        counted = np.ones_like(truth)
-        totals = {"accuracy": (rank < 1).astype(np.int64), "loss": log_loss(score, truth, from_logits)}
-        if len(names) >= 5:
-            totals["accuracy_top5"] = (rank < 5).astype(np.int64)
-        each = np.arange(len(names) if len(names) <= class_limit else 0)
-        outcomes, alarms = truth[:, None] == each, first[:, None] == each
-        known = np.ones_like(outcomes)
-        every = np.arange(len(truth))
-        columns = class_scores(score, from_logits=from_logits)
-        classes = (_Class.of(column, truth == c, every) for c, column in columns)
+        seen = _multiclass(scores, target, names, from_logits, class_limit)
     else:
         raise ValueError(f"The task of bootstrap intervals must be multilabel or multiclass, not {task!r}.")
-    unit_of, patients = _units(groups, len(counted))
+    unit_of, patients = _units(groups, len(seen.counted))
     units = int(unit_of.max()) + 1 if len(unit_of) else 0
-    ranked = list(classes) if len(names) <= class_limit else []
-    whole = {key: np.full(samples, np.nan) for key in totals}
-    per_class = np.full((len(PER_CLASS), samples, len(ranked)), np.nan)
-    # of each class: positives, negatives, predictions, right ones
-    tables = (outcomes, known & ~outcomes, alarms, outcomes & alarms)
-    counts = np.hstack(tables).astype(np.float64) if ranked else np.zeros((len(counted), 0))
-    generator = np.random.Generator(np.random.Philox(seed))
-    step = max(1, CHUNK // max(1, len(counted)))
-    for start in range(0, samples if units > 1 else 0, step):
-        chunk = slice(start, min(start + step, samples))
-        weights = _draws(generator, units, chunk.stop - start)[:, unit_of]
-        total = weights @ counted
-        for key, values in totals.items():
-            np.divide(weights @ values, total, out=whole[key][chunk], where=total > 0)
-        for index, one in enumerate(ranked):
-            per_class[:2, chunk, index] = one.rank(weights)
-        if ranked:
-            per_class[2:, chunk] = _thresholded(weights.astype(np.float64) @ counts)
+    whole, per_class = _resampled(
+        seen, list(seen.classes) if len(names) <= class_limit else [], unit_of, units, samples, seed
+    )
     ends = [(1 - level) / 2, (1 + level) / 2]
     return {
         **{key: _interval(values, ends) for key, values in whole.items()},
         **{f"mean_{key}": _interval(_mean(values), ends) for key, values in zip(PER_CLASS, per_class, strict=True)},
         "classes": {
             name: {key: _interval(values[:, i], ends) for key, values in zip(PER_CLASS, per_class, strict=True)}
-            for i, name in enumerate(names[: len(ranked)])
+            for i, name in enumerate(names[: per_class.shape[2]])
         },
         "unit": "patient" if patients else "image",
         "units": units,
         "samples": samples,
         "level": level,
     }
+
+
+class _Seen(NamedTuple):
+    """What each of n images adds to a metric."""
+
+    totals: dict[str, npt.NDArray[Any]]
+    """[n] of each metric that is a sum over images, divided by that of ``counted``."""
+    counted: Integers
+    classes: Iterator[_Class]
+    tables: tuple[Booleans, Booleans, Booleans, Booleans]
+    """[n, L] each: positives, negatives, predictions, right ones."""
+
+
+def _multilabel(scores: Any, target: Any, names: Sequence[str], from_logits: bool) -> _Seen:
+    table = check_multilabel(scores, target, names)
+    predicted, positive = table.score > (0.0 if from_logits else 0.5), table.truth == 1
+    right = ((predicted == positive) & table.known).sum(axis=1)
+    totals = {"accuracy": right, "loss": log_loss(table.score, table.truth, from_logits)}
+    outcomes, alarms = positive & table.known, predicted & table.known
+    classes = (
+        _Class.of(table.score[:, c], positive[:, c], np.flatnonzero(table.known[:, c])) for c in range(len(names))
+    )
+    tables = (outcomes, table.known & ~outcomes, alarms, outcomes & alarms)
+    return _Seen(totals, table.known.sum(axis=1), classes, tables)
+
+
+def _multiclass(scores: Any, target: Any, names: Sequence[str], from_logits: bool, class_limit: int) -> _Seen:
+    score, truth = check_multiclass(scores, target, names)
+    rank, first = rank_of_target(score, truth)
+    totals = {"accuracy": (rank < 1).astype(np.int64), "loss": log_loss(score, truth, from_logits)}
+    if len(names) >= 5:
+        totals["accuracy_top5"] = (rank < 5).astype(np.int64)
+    each = np.arange(len(names) if len(names) <= class_limit else 0)
+    outcomes, alarms = truth[:, None] == each, first[:, None] == each
+    every = np.arange(len(truth))
+    classes = (_Class.of(column, truth == c, every) for c, column in class_scores(score, from_logits=from_logits))
+    return _Seen(totals, np.ones_like(truth), classes, (outcomes, ~outcomes, alarms, outcomes & alarms))
+
+
+def _resampled(
+    seen: _Seen, ranked: list[_Class], unit_of: Integers, units: int, samples: int, seed: int
+) -> tuple[dict[str, Floats], Floats]:
+    """Each resample's metrics: [samples] of each total, [len(PER_CLASS), samples, len(ranked)]; NaN where undefined."""
+    whole = {key: np.full(samples, np.nan) for key in seen.totals}
+    per_class = np.full((len(PER_CLASS), samples, len(ranked)), np.nan)
+    counts = np.hstack(seen.tables).astype(np.float64) if ranked else np.zeros((len(seen.counted), 0))
+    generator = np.random.Generator(np.random.Philox(seed))
+    step = max(1, CHUNK // max(1, len(seen.counted)))
+    for start in range(0, samples if units > 1 else 0, step):
+        chunk = slice(start, min(start + step, samples))
+        weights = _draws(generator, units, chunk.stop - start)[:, unit_of]
+        total = weights @ seen.counted
+        for key, values in seen.totals.items():
+            np.divide(weights @ values, total, out=whole[key][chunk], where=total > 0)
+        for index, one in enumerate(ranked):
+            per_class[:2, chunk, index] = one.rank(weights)
+        if ranked:
+            per_class[2:, chunk] = _thresholded(weights.astype(np.float64) @ counts)
+    return whole, per_class
 
 
 def log_loss(score: npt.NDArray[np.floating[Any]], truth: npt.NDArray[Any], from_logits: bool) -> Floats:

@@ -27,6 +27,9 @@ from scaletransfer.shard_image import READ_FORMATS
 from scaletransfer.shard_pixels import is_ordinary_jpeg, orientation, upright
 
 _GREY_MODES = ("1", "L", "LA", "La")
+_SEGMENT, _FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
+_PASSED = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}) - {0xE1}
+"""Markers of segments that change nothing here: tables, comments, and what applications add but for EXIF and XMP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,11 +176,13 @@ def plain_jpeg(data: bytes | memoryview) -> PlainJpeg | None:
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, found = 2, None
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], (data[at + 2] << 8) + data[at + 3]
+    at, found, last = 2, None, len(data) - 10
+    while at <= last:
+        start, marker, length = _SEGMENT.unpack_from(data, at)
+        if start != 0xFF:
+            return None
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended and progressive frames
-            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+            bits, height, width, components = _FRAME.unpack_from(data, at + 4)
             if bits != 8 or not 0 < height * width <= _most_pixels() or components not in (1, 3):
                 return None
             block = 8 * max((rows & 15 for rows in data[at + 11 : at + 10 + 3 * components : 3]), default=0)
@@ -186,7 +191,7 @@ def plain_jpeg(data: bytes | memoryview) -> PlainJpeg | None:
             if found is not None and data[at + 4] != (3 if found.colour else 1):
                 return found._replace(rows_at_once=0)  # a scan for each component
             return found
-        elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not (0xE0 <= marker <= 0xEF and marker != 0xE1):
+        elif marker not in _PASSED:
             return None
         at += 2 + length
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event
 from typing import Any, Literal, Protocol
@@ -135,6 +135,7 @@ class ThreadLoader:
                 if not ahead:
                     return
                 pending, pieces = ahead.popleft()
+                wait(pieces, return_when=FIRST_EXCEPTION)  # woken once: this thread needs a core and the lock for it
                 for piece in pieces:
                     piece.result()
                 held -= image * len(pending.positions)
