@@ -116,17 +116,6 @@ def whole_table(engine: str, world: int, references: Path) -> tuple[list[tool.Fo
 # --- the tool --------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_stands_between_its_markers_and_nothing_else_changes(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{tool.BEGIN}\n| old |\n{tool.END}\nafter\n")
-    tool.write(page, "| new |")
-    assert page.read_text() == f"before\n{tool.BEGIN}\n| new |\n{tool.END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match="must have each of the lines"):
-        tool.write(page, "| new |")
-    assert page.read_text() == "no markers"
-
-
 def test_a_run_out_of_bounds_is_named() -> None:
     case = Case(optimizer="sgd", task="multilabel")
     run = {"loss": [2.0, *[1.0] * (STEPS - 1)], "weights": {"fp32": 2e-4, "fp64": 1e-7}}

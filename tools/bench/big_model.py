@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bench.launched import started  # noqa: E402
+from bench.page import check, put  # noqa: E402
 from scaletransfer.cli import CommandParser, run_command  # noqa: E402 (the checkout's own, installed or not)
 from scaletransfer.keys import PUBLIC_SALT  # noqa: E402
 from scaletransfer.shards import build, plan_shards  # noqa: E402
@@ -228,6 +229,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if min(options.steps, options.more, options.ranks, options.micro_batch) < 1:
         raise ValueError("--steps, --more, --ranks and --micro-batch must be 1 or more")
+    if options.write:
+        check(options.write, BEGIN, END)  # before half an hour is spent
     with tempfile.TemporaryDirectory(prefix="big-model-", dir=options.folder) as name:
         folder = Path(name)
         images = options.micro_batch * options.ranks * 4
@@ -248,7 +251,7 @@ def main(argv: Sequence[str]) -> int:
             for path in sorted((folder / "runs" / engine).rglob("*.safetensors")):
                 path.unlink()  # room for the next engine's
     if options.write:
-        write(options.write, "\n".join(lines))
+        put(options.write, BEGIN, END, "\n".join(lines))
     return int(options.most is not None and _over(lines[5:], options.most))
 
 
@@ -262,19 +265,6 @@ def _over(lines: Sequence[str], most: float) -> bool:
             print(f"not kept: {cells[0]} took {max(peaks):.2f} GB on a rank, more than {most:g}")
             found = True
     return found
-
-
-def write(path: Path, text: str) -> None:
-    """Put ``text`` between the marks of a document.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    document = path.read_text()
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"{path} has no place for it: put the lines {BEGIN} and {END} there")
-    before, rest = document.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,11 +3,15 @@
     python tools/bench/memory.py             every engine, 1, 2 and 4 ranks, R101x1 with 21,842 classes
     python tools/bench/memory.py --engines fsdp2,zero3 --ranks 2 --model BiT-M-R50x3
     python tools/bench/memory.py --model BiT-M-R152x4 --engines fsdp2,zero3 --ranks 2 --checkpointing on
+    python tools/bench/memory.py --write docs/ENGINES.md    puts the table between the marks there; lines of the same
+                                                            network and batch that are not measured again stay
 
 Every line is a launch of its own, as a user would start it, with images of noise. "peak" is the largest resident size
 of a rank (libraries and their 0.5 GB included), while the engine is built and while it trains. "state" is what
 the storages of parameters, masters, gradients and momentum hold between backward and step; the share beside it is
-(parameters + gradients + momentum) / ranks in float32. On CPUs with gloo; a GPU's memory is counted by nobody here.
+(parameters + gradients + momentum) / ranks in float32. "beyond" is how far the start's peak, without the libraries,
+is above that share and the largest block: fsdp2 and zero3 promise at most 1 GiB. On CPUs with
+gloo; a GPU's memory is counted by nobody here.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bench.launched import started  # noqa: E402
+from bench.page import check, joined, put  # noqa: E402
 from scaletransfer.cli import CommandParser, run_command  # noqa: E402 (the checkout's own, installed or not)
 from scaletransfer.engine.strategy import ENGINES  # noqa: E402
 
@@ -80,19 +85,34 @@ def facts(engine: str, ranks: int, checkpointing: bool, found: Sequence[dict[str
     }
 
 
-HEAD = (
-    "| engine | ranks | recompute | peak, start | peak, steps | state | share | state / share | by formula "
-    "| s a step |\n|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"
-)
+HEAD = [
+    "| engine | ranks | recompute | peak, start | beyond | peak, steps | state | share | state / share | by formula "
+    "| s a step |",
+    "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+]
+WAYS = {False: "weights only", True: "blocks"}
+BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
 
 
 def line(row: dict[str, Any]) -> str:
     """One line of the table, in GB."""
-    numbers = [row["birth_peak"], row["train_peak"], row["held"], row["share"]]
+    numbers = [row["birth_peak"], row["start_beyond"], row["train_peak"], row["held"], row["share"]]
     cells = [f"{number / GB:.2f}" for number in numbers]
     cells += [f"{row['held'] / row['share']:.2f}", f"{row['expected'] / GB:.2f}", f"{row['seconds']:.1f}"]
-    way = "blocks" if row["checkpointing"] else "weights only"
-    return f"| {row['engine']} | {row['ranks']} | {way} | " + " | ".join(cells) + " |"
+    return f"| {row['engine']} | {row['ranks']} | {WAYS[row['checkpointing']]} | " + " | ".join(cells) + " |"
+
+
+def update(path: Path, title: str, lines: Sequence[str]) -> None:
+    """Put the table into a page, beside lines of the same ``title`` that it has already."""
+    old = check(path, BEGIN, END)[1]
+    ways = list(WAYS.values())
+    table = joined(
+        old if title in old else "",
+        [*HEAD, *lines],
+        3,
+        lambda key: (ENGINES.index(key[0]), int(key[1]), ways.index(key[2])),
+    )
+    put(path, BEGIN, END, "\n".join([title, "", *table]))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,8 +129,12 @@ def main(argv: Sequence[str]) -> int:
     }
     ways = {"on": [True], "off": [False], "both": [False, True]}[options.checkpointing]
     rows, broken = [], []
-    print(f"{options.model}, {options.classes:,} classes, {options.micro_batch} images of {options.size} pixels a rank")
-    print(HEAD, flush=True)
+    title = (
+        f"{options.model}, {options.classes:,} classes, {options.micro_batch} images of {options.size} pixels a rank:"
+    )
+    print("\n".join([title, "", *HEAD]), flush=True)
+    if options.write:
+        check(options.write, BEGIN, END)  # before minutes are spent
     for engine in options.engines.split(","):
         if engine not in ENGINES:
             raise ValueError(f"--engines {engine}: there are {', '.join(ENGINES)}")
@@ -121,6 +145,8 @@ def main(argv: Sequence[str]) -> int:
                 row = facts(engine, ranks, way, launch(engine, ranks, {**spec, "checkpointing": way}, options.limit))
                 rows.append(row)
                 print(line(row), flush=True)
+                if options.write:
+                    update(options.write, title, [line(row)])
                 broken += promises(row)
     for sentence in broken:
         print(f"not kept: {sentence}")
@@ -157,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3, help="(default: 3)")
     add("--threads", type=int, default=1, help="threads of a rank (default: 1)")
     add("--limit", type=float, default=3600, help="seconds that one launch may take (default: 3600)")
+    add("--write", type=Path, metavar="FILE", help="also put the table between the marks in this file")
     add("--json", type=Path, metavar="FILE", help="write the numbers too")
     return parser
 

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.page import check, put
 from bench.parity_worker import STEPS, Case, all_cases
 from scaletransfer.cli import CommandParser, run_command
 from scaletransfer.engine.strategy import ENGINES
@@ -127,24 +128,11 @@ HEAD = (
 )
 
 
-def write(path: Path, table: str) -> None:
-    """Puts the table between its two markers.
-
-    Raises:
-        ValueError: the file does not have them.
-    """
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"--write {path}: it must have each of the lines {BEGIN} and {END} once")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str]) -> int:
     """Launch, compare, print and write the table; 1 if something is out of bounds."""
     options = _parser().parse_args(argv)
     if options.write is not None:
-        write(options.write, "")  # before minutes are spent
+        check(options.write, BEGIN, END)  # before minutes are spent
     chosen = [(e, n) for e, n in launches() if e == "single" or (e in options.engines and n in options.ranks)]
     lines, beyond = [HEAD], []
     with tempfile.TemporaryDirectory(prefix="scaletransfer-parity-") as folder:
@@ -158,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
             beyond += sentences
     print("\n".join(lines))
     if options.write is not None:
-        write(options.write, "\n".join(lines))
+        put(options.write, BEGIN, END, "\n".join(lines))
     for sentence in beyond:
         print(sentence, file=sys.stderr)
     return 1 if beyond else 0

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.page import joined, parts
 from bench.planner_run import configuration
 from scaletransfer.cli import CommandParser, run_command
 from scaletransfer.config import find_config
@@ -147,12 +148,9 @@ def table(lines: Iterable[Line]) -> list[str]:
 
 def update(text: str, measured: Sequence[str]) -> str:
     """The document with the lines of ``measured`` (a table) in its table, in the order of engines, ranks and cases."""
-    before, rest = text.split(BEGIN, 1)
-    old, after = rest.split(END, 1)
-    lines = [line for line in old.strip().splitlines()[2:] if line.strip()] + list(measured[2:])
-    by_key = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in lines}
-    order = sorted(by_key, key=lambda key: (ENGINES.index(key[0]), int(key[1]), list(CASES).index(key[2])))
-    return "\n".join([f"{before}{BEGIN}", "", *measured[:2], *(by_key[key] for key in order), "", END + after])
+    before, old, after = parts(text, BEGIN, END)
+    lines = joined(old, measured, 3, lambda key: (ENGINES.index(key[0]), int(key[1]), list(CASES).index(key[2])))
+    return "\n".join([f"{before}{BEGIN}", "", *lines, "", END + after])
 
 
 def parser() -> argparse.ArgumentParser:
