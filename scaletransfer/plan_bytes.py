@@ -329,8 +329,9 @@ class Estimator:
             **base,
         )
         reduction = Memory(moment="reduction", gradients=gradients, buckets=bucket + copies, **base)
+        # the engine gives the optimizer each sub-group's gradients where they lie
         step = min(parameter_share(job.shapes, job.world), rules.sub_group_size)
-        temporaries = 1 + (min(1, job.temporaries) if job.cuda else job.temporaries)
+        temporaries = min(1, job.temporaries) if job.cuda else job.temporaries
         update = Memory(
             moment="update",
             gradients=gradients,

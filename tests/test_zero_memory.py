@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scaletransfer.engine.zero_memory import BUFFER, buffer_settings, forget_gradients, shared_masters
+from scaletransfer.engine.zero_memory import (
+    BUFFER,
+    bound_norms,
+    buffer_settings,
+    forget_gradients,
+    give_gradients_in_place,
+    shared_masters,
+)
+from scaletransfer.units import CHUNK, square_norm
 
 
 def resident() -> int:
@@ -66,3 +74,82 @@ def test_buffers_are_bounded_in_every_stage():
         settings = buffer_settings(stage)
         assert settings["reduce_bucket_size"] == BUFFER
         assert ("stage3_max_live_parameters" in settings) == (stage == 3)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch):
+    """DeepSpeed's stage 3, whose collectives are those of one rank."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero import stage3
+
+    monkeypatch.setattr(stage3.dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(stage3.dist, "all_reduce", lambda *_, **__: None)
+    return stage3.DeepSpeedZeroOptimizer_Stage3
+
+
+@pytest.mark.parametrize("stage", ["1 and 2", "3"])
+def test_deepspeeds_norm_is_the_same_and_makes_no_large_copies(alone, stage: str, monkeypatch: pytest.MonkeyPatch):
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    kind = alone if stage == "3" else DeepSpeedZeroOptimizer
+    zero = SimpleNamespace(
+        device=torch.device("cpu"),
+        dp_process_group=None,
+        model_parallel_rank=0,
+        _assert_same_partition_group=lambda params: None,
+        _get_param_partition_group=lambda param: None,
+        _grad_norm_counts_every_rank=lambda params, group: True,
+        _model_parallel_all_reduce=lambda tensor, op: None,
+        _autoep_expert_parallel_group=lambda params: None,
+    )
+    zero.get_grad_norm_direct = lambda *given: kind.get_grad_norm_direct(zero, *given)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3 * CHUNK + 5, generator=generator), torch.randn(7, generator=generator)]
+    params = [torch.zeros(1), torch.zeros(1)]
+    plain = float(zero.get_grad_norm_direct(gradients, params))
+    copies: list[int] = []
+    to = torch.Tensor.to
+
+    def counted(tensor: torch.Tensor, *given, **named):
+        copies.append(tensor.numel())
+        return to(tensor, *given, **named)
+
+    bound_norms(zero)
+    if stage != "3":  # where padding may stand between
+        padding = torch.ones(9)
+        padding._zero_padding = True
+        gradients.insert(1, padding)
+    with monkeypatch.context() as inside:
+        inside.setattr(torch.Tensor, "to", counted)
+        assert float(zero.get_grad_norm_direct(gradients, params)) == pytest.approx(plain, rel=1e-7)
+    assert max(copies) == CHUNK and sum(n > 1 for n in copies) >= 5
+    gradients[0][CHUNK] = float("nan")
+    assert float(zero.get_grad_norm_direct(gradients, params)) == -1
+
+
+def test_a_sub_groups_gradients_are_given_where_they_lie(alone):
+    buffer = torch.arange(12.0)
+    master = torch.zeros(7)
+    zero = SimpleNamespace(
+        flatten=lambda tensors: torch.cat([tensor.flatten() for tensor in tensors]),
+        averaged_gradients={0: [buffer[2:5], buffer[5:9]]},
+        fp32_partitioned_groups_flat=[master],
+        _get_sub_group_process_group=lambda number: None,
+    )
+    give_gradients_in_place(zero)
+    alone._prepare_fp32_grad_for_sub_group(zero, 0)
+    assert master.grad.tolist() == buffer[2:9].tolist() and master.grad.data_ptr() == buffer[2:].data_ptr()
+    for apart in ([buffer[2:5], buffer[6:10]], [buffer[5:9], buffer[2:5]], [buffer[2:9:2], buffer[9:12]]):
+        zero.averaged_gradients, master.grad = {0: apart}, None
+        alone._prepare_fp32_grad_for_sub_group(zero, 0)
+        assert master.grad.tolist() == torch.cat(apart).tolist()
+        assert master.grad.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 3, 4, 5), (CHUNK + 1, 2)])
+def test_squares_are_summed_in_float64(shape: tuple[int, ...]):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert float(square_norm(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-12)
+    if len(shape) == 4:
+        last = values.to(memory_format=torch.channels_last)
+        assert float(square_norm(last)) == pytest.approx(float(values.double().square().sum()), rel=1e-12)

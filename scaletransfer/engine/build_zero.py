@@ -13,7 +13,13 @@ from torch import nn
 from scaletransfer.engine.filling import Values, fill, persistent_buffers
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.strategy import Strategy
-from scaletransfer.engine.zero_memory import buffer_settings, forget_gradients, shared_masters
+from scaletransfer.engine.zero_memory import (
+    bound_norms,
+    buffer_settings,
+    forget_gradients,
+    give_gradients_in_place,
+    shared_masters,
+)
 
 
 def deepspeed_settings(strategy: Strategy, precision: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -79,7 +85,9 @@ def build_zero(
     with shared_masters():
         model, wrapped = accelerator.prepare(module, optimizer)
     zero = getattr(wrapped, "optimizer", None)
+    bound_norms(zero)
     if strategy.engine == "zero3":
+        give_gradients_in_place(zero)
         forget_gradients(zero)
     return model, module, optimizer, zero
 

@@ -30,7 +30,7 @@ from scaletransfer.engine.holdings import (
 from scaletransfer.engine.rounding import LIMIT, ROUNDING, amplification, standardised, worst
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.optim import SGD_AGC
-from scaletransfer.units import flat, local
+from scaletransfer.units import local, square_norm
 
 if TYPE_CHECKING:
     from scaletransfer.engine.build import Engine  # which calls the first two checks below
@@ -283,7 +283,7 @@ class FirstStep:
 
     def _see(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
-            self._given += [_square(p.grad) for p in group["params"] if p.grad is not None]
+            self._given += [square_norm(p.grad) for p in group["params"] if p.grad is not None]
 
     def _norm(self, squares: list[Tensor]) -> float:
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
@@ -295,7 +295,7 @@ class FirstStep:
             "the optimizer stepped inside backward, before its turn: accelerate's backward makes it under DeepSpeed",
         )
         self.measured.gradients = measured_gradients(self.engine)
-        self.norm_made = self._norm([_square(g) for g in made_gradients(self.engine)])
+        self.norm_made = self._norm([square_norm(g) for g in made_gradients(self.engine)])
 
     def discard(self) -> None:
         """Measure nothing: the step was left out."""
@@ -340,10 +340,6 @@ class FirstStep:
             f"{len(missed)} parameters got no gradient, first {missed[:1]}: {self.engine.strategy.engine} would decay "
             "them where other engines leave them alone; set optimizer.weight_decay to 0 or use another engine",
         )
-
-
-def _square(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(flat(tensor), dtype=torch.float64).square()
 
 
 def check_positions(positions: Tensor, step: int, global_batch: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from scaletransfer.units import chunks
 
 BUFFER = 50_000_000
 """Elements of a communication buffer (200 MB in float32): a few units of R152x4. DeepSpeed's default is ten times that,
@@ -29,7 +32,7 @@ def buffer_settings(stage: int) -> dict[str, Any]:
         # A parameter whose next use is further away than that is given up, and gathered again.
         "stage3_max_live_parameters": 2 * BUFFER,
         "stage3_max_reuse_distance": 2 * BUFFER,
-        # The optimizer is given a copy of the gradients of so many of a rank's own parameters at a time.
+        # The optimizer steps so many of a rank's own parameters at a time; weight decay copies their gradients.
         "sub_group_size": BUFFER,
     }
 
@@ -57,6 +60,44 @@ def shared_masters() -> Iterator[None]:
         yield
     finally:
         Stage3._create_fp32_partitions = create
+
+
+def bound_norms(zero: Any) -> None:
+    """Let DeepSpeed take its gradient norm chunk by chunk; the number is the same.
+
+    It makes a float64 copy of each partition of a gradient for that: of the head of R152x4 with 21,842 classes on two
+    ranks 0.7 GB, at the step's fullest moment. Chunks that stay in a CPU's cache also take a third of the time.
+    """
+    take = getattr(zero, "get_grad_norm_direct", None)
+    if take is None:  # ZeRO-1 in bf16: it takes the norm of all gradients at once, which are float32 already
+        return
+
+    def by_chunks(gradients: Iterable[Tensor], params: Iterable[Tensor], norm_type: float = 2) -> Tensor:
+        real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+        pairs = [(part, p) for g, p in zip(real, params, strict=False) for part in chunks(g)]
+        return take([part for part, _ in pairs], [p for _, p in pairs], norm_type)  # type: ignore[no-any-return]
+
+    zero.get_grad_norm_direct = by_chunks
+
+
+def give_gradients_in_place(zero: Any) -> None:
+    """Let ZeRO-3 give the optimizer a sub-group's gradients where they lie, which is side by side in one buffer.
+
+    It copies them together: of the head of R152x4 with 21,842 classes on two ranks 0.36 GB.
+    """
+    copy = zero.flatten
+
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        first, end = tensors[0], tensors[0].data_ptr()
+        for tensor in tensors:
+            if not tensor.is_contiguous() or tensor.dtype != first.dtype or tensor.data_ptr() != end:
+                return copy(tensors)  # type: ignore[no-any-return]
+            end += tensor.numel() * tensor.element_size()
+        if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < end:
+            return copy(tensors)  # type: ignore[no-any-return]  # neighbours by chance
+        return first.as_strided((sum(tensor.numel() for tensor in tensors),), (1,))
+
+    zero.flatten = flatten
 
 
 def forget_gradients(zero: Any) -> None:
