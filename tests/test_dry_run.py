@@ -12,6 +12,7 @@ from helpers_run import CONFIG, launch_to_end, make_shards, run_single, write_co
 from scaletransfer import plan_check, pretrain
 from scaletransfer.config import load_config
 from scaletransfer.engine.strategy import Strategy
+from scaletransfer.fake_ranks import zero3_numbers
 from scaletransfer.models import create_model
 from scaletransfer.plan_check import check_memory, share_of
 
@@ -76,6 +77,20 @@ def test_other_engines_on_64_fake_ranks(engine: str, config: Path, capsys: pytes
     whole = 4 * parameters()
     momentum = int(re.findall(r"bytes of momentum +([\d,]+)", out)[0].replace(",", ""))
     assert momentum == whole if engine == "ddp" else momentum < whole / 32
+
+
+def test_zero3_on_fake_ranks_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine where no DeepSpeed ran before, its operator would take a compiler and minutes."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder import OpBuilder
+
+    def load(builder: OpBuilder, verbose: bool = True) -> None:
+        raise AssertionError(f"{builder.name} would be compiled")
+
+    monkeypatch.setattr(OpBuilder, "load", load)
+    monkeypatch.setattr(OpBuilder, "jit_load", load)
+    numbers = zero3_numbers(lambda: create_model("BiT-tiny", 13), 256, 255)
+    assert parameters() / 256 <= numbers < 1.5 * parameters() / 256
 
 
 @pytest.mark.parametrize(
