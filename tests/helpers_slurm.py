@@ -95,14 +95,17 @@ class Slurm:
 
 
 @contextmanager
-def running_slurm(folder: Path) -> Iterator[Slurm]:
-    """Start the daemons, their files in `folder` (made), and end them and their jobs."""
+def running_slurm(folder: Path, *, kill_wait: int = 2) -> Iterator[Slurm]:
+    """Start the daemons, their files in `folder` (made), and end them and their jobs.
+
+    kill_wait: seconds that a job which is cancelled or queued again has between SIGTERM and SIGKILL.
+    """
     folder.mkdir(parents=True)
     slurm = Slurm(folder)
     ports = _free_ports(1 + len(NODES))
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
-    (folder / "slurm.conf").write_text(_configuration(folder, ports))
+    (folder / "slurm.conf").write_text(_configuration(folder, ports, kill_wait))
     for name in ("state", *NODES):
         (folder / name).mkdir()
     daemons: list[subprocess.Popen[bytes]] = []
@@ -128,8 +131,9 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
         yield slurm
     finally:
         if len(daemons) > 1:
-            subprocess.run(["scancel", "--user=root", "--full"], env=slurm.environment, check=False, timeout=20)
-            time.sleep(0.3)
+            kill = ["scancel", "--user=root", "--full", "--signal=KILL"]
+            subprocess.run(kill, env=slurm.environment, check=False, timeout=20)
+            _let_jobs_end(slurm)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in reversed(daemons):
@@ -138,6 +142,18 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _let_jobs_end(slurm: Slurm, seconds: float = 20) -> None:
+    """Wait until no job is left: what a node's daemon has started would outlive it, and wait for it for ever."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = subprocess.run(
+            ["squeue", "--noheader"], env=slurm.environment, capture_output=True, text=True, check=False
+        )
+        if found.returncode or not found.stdout.strip():
+            return
+        time.sleep(0.1)
 
 
 def _idle(slurm: Slurm) -> bool:
@@ -161,7 +177,7 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
-def _configuration(folder: Path, ports: list[int]) -> str:
+def _configuration(folder: Path, ports: list[int], kill_wait: int) -> str:
     processors = max(2, os.cpu_count() or 1)
     lines = [
         "ClusterName=test",
@@ -188,7 +204,7 @@ def _configuration(folder: Path, ports: list[int]) -> str:
         "SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,requeue_delay=0",
         "SelectType=select/linear",
         "ReturnToService=2",
-        "KillWait=2",
+        f"KillWait={kill_wait}",
         "MinJobAge=600",
     ]
     for node, port in zip(NODES, ports[1:], strict=True):
