@@ -2,7 +2,8 @@
 
     python tools/bench/big_model.py                          BiT-S-R152x4 with 21,842 classes, fsdp2 and zero3, 2 ranks
     python tools/bench/big_model.py --model BiT-S-R50x1 --classes 1000 --engines fsdp2
-    python tools/bench/big_model.py --write docs/ENGINES.md  puts what it printed between the marks there
+    python tools/bench/big_model.py --write docs/ENGINES.md  puts what it printed between the marks there; the line of
+                                                             an engine measured in the same way before stays
 
 For each engine: `pretrain` trains `--steps` steps on drawn images and writes a sharded checkpoint
 (checkpoint.asynchronous=false); as soon as that is complete all its processes are killed (SIGKILL), and the same
@@ -36,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bench.launched import started  # noqa: E402
-from bench.page import check, put  # noqa: E402
+from bench.page import check, joined, put  # noqa: E402
 from scaletransfer.cli import CommandParser, run_command  # noqa: E402 (the checkout's own, installed or not)
+from scaletransfer.engine.strategy import ENGINES  # noqa: E402
 from scaletransfer.keys import PUBLIC_SALT  # noqa: E402
 from scaletransfer.shards import build, plan_shards  # noqa: E402
 from scaletransfer.sources.image_folder import ImageFolder  # noqa: E402
@@ -47,10 +49,11 @@ BEGIN, END = "<!-- big model: begin -->", "<!-- big model: end -->"
 GB = 1e9
 SEEN = 8
 """Classes of which there are images; the others have a name and an output."""
-HEAD = (
+HEAD = [
     "| engine | peak, start | peak, steps | s a step | checkpoint | s to save | peak, resuming | peak, steps after "
-    "| losses |\n|---|---:|---:|---:|---:|---:|---:|---:|---|"
-)
+    "| losses |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+]
 
 
 class Drawn(ImageFolder):
@@ -235,24 +238,29 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(name)
         images = options.micro_batch * options.ranks * 4
         command = Command(folder, draw(folder, images, options.classes, options.size), options)
-        lines = [
+        title = (
             f"{options.model}, {options.classes:,} classes, {options.ranks} ranks, {options.micro_batch} images of "
             f"{options.size} pixels a rank, SGD_AGC, blocks recomputed: {options.steps} steps, a checkpoint, SIGKILL, "
-            f"{options.more} more.",
-            "",
-            refusal(command),
-            "",
-            HEAD,
-        ]
-        print("\n".join(lines), flush=True)
+            f"{options.more} more."
+        )
+        refused = refusal(command)
+        print("\n".join([title, "", refused, "", *HEAD]), flush=True)
+        lines = []
         for engine in options.engines.split(","):
             lines.append(measure(command, engine))
             print(lines[-1], flush=True)
+            if options.write:
+                update(options.write, title, refused, lines[-1:])
             for path in sorted((folder / "runs" / engine).rglob("*.safetensors")):
                 path.unlink()  # room for the next engine's
-    if options.write:
-        put(options.write, BEGIN, END, "\n".join(lines))
-    return int(options.most is not None and _over(lines[5:], options.most))
+    return int(options.most is not None and _over(lines, options.most))
+
+
+def update(path: Path, title: str, refused: str, lines: Sequence[str]) -> None:
+    """Put the table into a page, beside lines of the same ``title`` that it has already."""
+    old = check(path, BEGIN, END)[1]
+    table = joined(old if title in old else "", [*HEAD, *lines], 1, lambda key: ENGINES.index(key[0]))
+    put(path, BEGIN, END, "\n".join([title, "", refused, "", *table]))
 
 
 def _over(lines: Sequence[str], most: float) -> bool:
