@@ -28,7 +28,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 _OUR_WS_EPS = 1e-10
 
 
-def convert(model: Path, to: Path, form: str, opset: int | None = None) -> list[str]:
+def convert(model: Path, to: Path, form: str) -> list[str]:
     """Write the exported model ``model`` (its folder, or its model.safetensors) as ``form`` of FILES to the folder or
     file ``to``, with its model.json; what is to be known of it, a line each.
 
@@ -49,14 +49,14 @@ def convert(model: Path, to: Path, form: str, opset: int | None = None) -> list[
     name, suffixes = FILES[form]
     if to.suffix.lower() not in suffixes:
         with new_folder(to) as folder:
-            said += _write(folder / name, to / name, entries, card, form, opset)
+            said += _write(folder / name, to / name, entries, card, form)
         return said
     for path in (to, to.with_name(stem_of(to) + ".json")):
         if path.exists():
             raise ValueError(f"{path} is there already: give another file to --to, or remove it first")
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as made:
-        said += _write(Path(made) / to.name, to, entries, card, form, opset)
+        said += _write(Path(made) / to.name, to, entries, card, form)
         for path in sorted(Path(made).iterdir(), key=lambda path: path.name == to.name):  # the file itself last
             os.replace(path, to.with_name(path.name))
     return said
@@ -85,11 +85,9 @@ def timm_name(model: str) -> str | None:
     return f"resnetv2_{size}_bit" if size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4") else None
 
 
-def _write(
-    path: Path, shown: Path, entries: dict[str, Entry], card: dict[str, Any], form: str, opset: int | None
-) -> list[str]:
+def _write(path: Path, shown: Path, entries: dict[str, Entry], card: dict[str, Any], form: str) -> list[str]:
     if form == "onnx":
-        said = write_onnx(path, entries, card, opset)
+        said = write_onnx(path, entries, card)
     elif form == "published" or path.suffix in PICKLED:
         state = {name: as_float32(name, entry.read) for name, entry in entries.items()}
         epoch = card.get("provenance", {}).get("imported", {}).get("epoch")

@@ -33,20 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, required=True, help="folder to write; pretrained_models/<name> is usual")
     parser.add_argument("--which", default="latest", help="of a run: latest (default), best, or a step number")
     parser.add_argument("--format", choices=list(FILES), default="safetensors", help="default: safetensors")
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: the exporter's)")
     options = parser.parse_args(argv)
     if options.which not in ("latest", "best") and not options.which.isdigit():
         raise ValueError(f"--which {options.which}: must be latest, best or a step number")
-    said = export_any(options.run, options.to, options.format, options.which, options.opset)
+    said = export_any(options.run, options.to, options.format, options.which)
     print("\n".join(said))
     return 0
 
 
-def export_any(run: Path, to: Path, form: str, which: str = "latest", opset: int | None = None) -> list[str]:
+def export_any(run: Path, to: Path, form: str, which: str = "latest") -> list[str]:
     """Write ``run``, a run's folder or an exported model, to ``to`` as ``form``; what is to be known, a line each."""
     model = _model_of(run)
     if model is not None:
-        return [*convert(model, to, form, opset), f"{to}: {form} of {run}"]
+        return [*convert(model, to, form), f"{to}: {form} of {run}"]
     checkpoint = open_checkpoint(choose(run, which))
     facts = checkpoint.facts
     proven = (
@@ -59,7 +58,7 @@ def export_any(run: Path, to: Path, form: str, which: str = "latest", opset: int
     to.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.absolute().parent) as made:
         export(checkpoint, Path(made) / "model")
-        said = convert(Path(made) / "model", to, form, opset)
+        said = convert(Path(made) / "model", to, form)
     return [*said, f"{to}: {form} of {run}; {proven}"]
 
 

@@ -26,7 +26,7 @@ _TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit: several times what the order of additions makes."""
 
 
-def write_onnx(path: Path, entries: Mapping[str, Entry], card: Mapping[str, Any], opset: int | None) -> list[str]:
+def write_onnx(path: Path, entries: Mapping[str, Entry], card: Mapping[str, Any]) -> list[str]:
     """Write ``path``: input ``images`` float32 [b, 3, h, w], normalised as metadata ``normalisation`` says; output
     ``logits`` [b, classes]. Batch and sides are free. Weights are standardised already.
 
@@ -51,7 +51,6 @@ def write_onnx(path: Path, entries: Mapping[str, Entry], card: Mapping[str, Any]
             plain,
             (example,),
             dynamo=True,
-            opset_version=opset,
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=(free,),

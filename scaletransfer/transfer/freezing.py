@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 from scaletransfer.models import head_names
@@ -62,11 +64,16 @@ def _modules(network: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _choices(network: nn.Module) -> str:
+    """The parts up to which a network can be frozen: those that end before its classifier begins."""
+    head = set(head_names(network))
+    names = [name for name, _ in network.named_parameters()]
+    before = set(itertools.takewhile(lambda name: name not in head, names))
     shown: list[str] = []
     for name, child in network.named_children():
         inner = [f"{name}.{n}" for n, grand in child.named_children() if any(True for _ in grand.parameters())]
-        if isinstance(child, nn.Sequential | nn.ModuleList) and 1 < len(inner) <= 12 and name != "head":
-            shown += [path.removeprefix("body.") for path in inner]
-        elif any(True for _ in child.parameters()):
-            shown.append(name)
+        blocks = isinstance(child, nn.Sequential | nn.ModuleList) and 1 < len(inner) <= 12
+        for path in inner if blocks else [name]:
+            own = {n for n in names if n.startswith(f"{path}.")}
+            if own and own <= before:
+                shown.append(path.removeprefix("body."))
     return ", ".join(shown[:24])
