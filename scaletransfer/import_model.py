@@ -142,8 +142,9 @@ def import_model(
         said.append(f"transform: {shown}, {'as given' if transform or size else f'from {facts.why}'}")
     eps = found.ws_eps if ws_eps is None else ws_eps
     if eps is not None:
-        why = "as given" if ws_eps is not None else f"as in {'its model.json' if found.form == 'export' else 'timm'}"
-        said.append(f"weight standardisation with eps {eps:g}, {why} (published and Google's: 1e-10)")
+        why = "from its model.json" if found.form == "export" else "as timm computes"
+        theirs = "" if found.form == "export" else "; the published code and Google's add 1e-10: --ws-eps 1e-10"
+        said.append(f"weight standardisation: eps {eps:g}, {'as given' if ws_eps is not None else why + theirs}")
     card: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": name, "num_classes": outputs}
     card |= {"task": task} if task else {}
     card |= {"label_names": list(names)} if names is not None else {}
@@ -246,7 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--std", metavar="X[,Y,Z]", help="what they were then divided by")
     parser.add_argument("--transform", choices=["xray", "natural", "bit"], help="how images are prepared")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the image that the network gets")
-    parser.add_argument("--ws-eps", type=float, metavar="X", help="eps of weight standardisation (timm: 1e-8)")
+    parser.add_argument(
+        "--ws-eps", type=float, metavar="X", help="eps of weight standardisation (default: timm's, 1e-8)"
+    )
     parser.add_argument("--num-classes", type=int, metavar="N", help="outputs of the imported model")
     parser.add_argument(
         "--head", choices=["auto", "keep", "new"], default="auto", help="auto: new where --num-classes is another"

@@ -39,8 +39,8 @@ class Found:
     entries: dict[str, Entry]
     """In our names."""
     facts: Facts
-    ws_eps: float | None
-    """What is added to the variance of a weight, where it is not ours."""
+    ws_eps: float | None = TIMM_WS_EPS
+    """What is added to the variance of a weight; None: as in our own models, 1e-10."""
     epoch: int | None = None
     provenance: dict[str, Any] | None = None
 
@@ -69,7 +69,7 @@ def recognise(given: str, names: Sequence[str] = (), config: Path | None = None)
     if opened.form == "npz":
         entries = from_google(opened.entries, file)
         outputs = _outputs(entries)
-        return Found(form="google", where=given, entries=entries, facts=of_google(called, outputs), ws_eps=None)
+        return Found(form="google", where=given, entries=entries, facts=of_google(called, outputs))
     if card.get("format") == FORMAT:
         check_card(card, file.parent)
         return Found(
@@ -82,9 +82,9 @@ def recognise(given: str, names: Sequence[str] = (), config: Path | None = None)
         )
     if is_timm_bit(opened.entries):
         facts = of_timm(called, _hub_config(file), _outputs(entries := from_timm(opened.entries)))
-        return Found(form="timm", where=given, entries=entries, facts=facts, ws_eps=TIMM_WS_EPS, epoch=opened.epoch)
+        return Found(form="timm", where=given, entries=entries, facts=facts, epoch=opened.epoch)
     facts = of_published([called, above, *names], config)
-    return Found(form="published", where=given, entries=opened.entries, facts=facts, ws_eps=None, epoch=opened.epoch)
+    return Found(form="published", where=given, entries=opened.entries, facts=facts, epoch=opened.epoch)
 
 
 def _file_in(path: Path) -> Path:
@@ -145,4 +145,4 @@ def _fetched(name: str) -> Found:
     ours = from_timm(entries)
     cfg = {"pretrained_cfg": dict(network.pretrained_cfg)}
     facts = replace(of_timm(name, cfg, _outputs(ours)), why=f"timm's configuration of {name}")
-    return Found(form="timm", where=name, entries=ours, facts=facts, ws_eps=TIMM_WS_EPS)
+    return Found(form="timm", where=name, entries=ours, facts=facts)

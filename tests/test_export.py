@@ -29,6 +29,7 @@ from scaletransfer.export import prove
 from scaletransfer.export_model import main as export
 from scaletransfer.index import load_index
 from scaletransfer.models import create_model
+from scaletransfer.models.bit import StdConv2d
 from scaletransfer.models.weights import load_pretrained
 
 
@@ -77,6 +78,19 @@ def test_the_folder_is_what_model_init_from_reads(made, tmp_path):
     state, _ = load_pretrained(str(tmp_path / "out"), model_name="BiT-tiny")
     for name, tensor in made[0].engine.module.state_dict().items():
         assert torch.equal(state[name], tensor), name
+
+
+def test_a_run_computes_with_the_eps_of_what_it_began_from(made, tmp_path):
+    """Also when it goes on after that file has gone; and the exported folder says which eps it was."""
+    config = write_config(tmp_path, Path(made[0].cfg.data.valid_folders[0]))
+    torch.save(made[0].engine.module.state_dict(), tmp_path / "model.pth.tar")
+    words = [f"model.init_from={tmp_path / 'model.pth.tar'}", "data.workers=0", "data.expect_labels=null"]
+    for steps in (1, 2):
+        trainer = run_single(config, "name=more", *words, f"max_steps={steps}")
+        assert {m.ws_eps for m in trainer.engine.module.modules() if isinstance(m, StdConv2d)} == {1e-8}
+        (tmp_path / "model.pth.tar").unlink(missing_ok=True)
+    export([str(tmp_path / "runs" / "more"), "--to", str(tmp_path / "out")])
+    assert load_pretrained(tmp_path / "out")[1]["ws_eps"] == 1e-8
 
 
 def test_model_json_says_what_a_user_must_know(made, tmp_path):

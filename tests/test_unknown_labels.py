@@ -118,6 +118,6 @@ def test_two_ranks_change_nothing(config, engine):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     trainer = build_single(config, f"name=start_{engine}", *OVERRIDES)
-    born = starting_values(trainer.cfg, None, trainer.names)(trainer.engine.module)
+    born, _ = starting_values(trainer.cfg, None, trainer.names, trainer.engine.module)
     found = weights(config.parent / "runs" / engine)
     assert found and all(torch.equal(value, born(name)) for name, value in found.items())

@@ -69,7 +69,7 @@ def test_published_pytorch_form(tmp_path: Path, state: dict[str, Tensor], prefix
     for path in (folder, folder / "model.pth.tar"):
         loaded, meta = load_pretrained(path)
         _assert_equal(loaded, state)
-        assert meta == {"format": "pytorch", "epoch": 89}
+        assert meta == {"format": "pytorch", "epoch": 89, "ws_eps": 1e-8}
     model = create_model("BiT-tiny", 6)
     load_into(model, loaded)
     _assert_equal(model.state_dict(), state)
@@ -81,7 +81,7 @@ def test_google_form(tmp_path: Path, state: dict[str, Tensor], prefix: str) -> N
     for path in (tmp_path, tmp_path / "BiT-M-tiny.npz"):
         loaded, meta = load_pretrained(path)
         _assert_equal(loaded, state)
-        assert meta == {"format": "google-npz"}
+        assert meta == {"format": "google-npz", "ws_eps": 1e-8}
 
 
 def test_google_form_of_r50x1_gives_timms_logits(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_safetensors_with_and_without_json(tmp_path: Path, state: dict[str, Tens
     save_file(state, tmp_path / "model.safetensors")
     loaded, meta = load_pretrained(tmp_path / "model.safetensors")
     _assert_equal(loaded, state)
-    assert meta == {}
+    assert meta == {"ws_eps": 1e-8}
     (tmp_path / "model.json").write_text(json.dumps({"model": "BiT-tiny", "label_names": ["a"]}))
     assert load_pretrained(tmp_path, model_name="BiT-tiny")[1]["label_names"] == ["a"]
     with pytest.raises(ValueError, match="holds BiT-tiny, but BiT-M-R50x1"):

@@ -31,7 +31,7 @@ from scaletransfer.engine.trainer import Trainer
 from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
 from scaletransfer.models import PreActBottleneck, create_model, head_names, initial_tensors
-from scaletransfer.models.weights import first_difference, load_pretrained
+from scaletransfer.models.weights import first_difference, load_pretrained, network_options
 from scaletransfer.optim import SGD_AGC, split_head
 from scaletransfer.order import ORDER_VERSION
 from scaletransfer.schedules import Schedule, lr_at
@@ -85,26 +85,23 @@ def _head(network: nn.Module) -> tuple[str, str | None]:
 
 
 def starting_values(
-    cfg: PretrainConfig, found: Checkpoint | None, names: Sequence[str]
-) -> Callable[[nn.Module], Values]:
-    """Where each tensor's values come from: the checkpoint, ``model.init_from``, or the seed.
+    cfg: PretrainConfig, found: Checkpoint | None, names: Sequence[str], skeleton: nn.Module
+) -> tuple[Values, dict[str, Any]]:
+    """Where each tensor's values come from: the checkpoint, ``model.init_from``, or the seed. And what
+    `create_model` must be told to compute with them as they were made (`network_options`).
 
     Args:
         names: of the outputs. A head from ``model.init_from`` must have as many, and the same where it names its own.
     """
-
-    def values(skeleton: nn.Module) -> Values:
-        if found is not None:
-            shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-            checkpoints.check_same_shapes(found, shapes)
-            return checkpoints.model_values(found)
-        drawn = initial_tensors(skeleton, cfg.seed)
-        if cfg.model.init_from is None:
-            return drawn
-        state, meta = load_pretrained(cfg.model.init_from, model_name=cfg.model.name)
-        return _pretrained(cfg.model, skeleton, state, drawn, names, meta.get("label_names"))
-
-    return values
+    if found is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        checkpoints.check_same_shapes(found, shapes)
+        return checkpoints.model_values(found), network_options(found.facts)
+    drawn = initial_tensors(skeleton, cfg.seed)
+    if cfg.model.init_from is None:
+        return drawn, {}
+    state, meta = load_pretrained(cfg.model.init_from, model_name=cfg.model.name)
+    return _pretrained(cfg.model, skeleton, state, drawn, names, meta.get("label_names")), network_options(meta)
 
 
 def _pretrained(
@@ -256,13 +253,18 @@ def build_trainer(
         remote=remote,
     )
 
+    options: dict[str, Any] = {}  # known once the values are, which is before the network itself is made
+
     def values(skeleton: nn.Module) -> Values:
         start.look(strategy.rank, torch.device("cpu" if strategy.cpu else f"cuda:{strategy.local_rank}"))
-        return starting_values(cfg, start.found, names)(skeleton)
+        found, how = starting_values(cfg, start.found, names, skeleton)
+        options.update(how)
+        facts.update(how)
+        return found
 
     engine = build_engine(
         strategy,
-        lambda: make_network(cfg.model, len(names)),
+        lambda: make_network(cfg.model, len(names), **options),
         values,
         lambda network: make_optimizer(cfg.optimizer, network),
         precision=resolve_precision(cfg.precision, strategy),

@@ -31,9 +31,9 @@ def load_pretrained(path: str | Path, *, model_name: str | None = None) -> tuple
     `path` may be a folder with `model.safetensors` or else `model.pth.tar` (or one `.npz`), a `.safetensors`
     file, a published `model.pth.tar` (a dict with `model`, names perhaps behind `module.`; a bare state_dict
     is taken too), one of Google's `.npz` files, or a file of timm's `resnetv2_*_bit`. Metadata is the content
-    of the `.json` beside a safetensors file ({} where there is none); for the others what is known: `format`,
-    `ws_eps` where it isn't ours, and `epoch` where the file has it. `model_name` is used to check
-    `model.json`, where both are there: another architecture is an error.
+    of the `.json` beside a safetensors file; for the others what is known: `format`, and `epoch` where the file
+    has it. A BiT without a model.json that names it also has `ws_eps`, timm's.
+    `model_name` is used to check `model.json`, where both are there: another architecture is an error.
 
     Raises ValueError (the file and the reason) when the file is not of such a form, is damaged, or holds
     pickled objects other than tensors and plain values: such a file is not loaded, and nothing in it runs.
@@ -54,7 +54,11 @@ def load_pretrained(path: str | Path, *, model_name: str | None = None) -> tuple
     if is_timm_bit(entries) and (found is None or parse_name(str(found)) is not None):
         entries = from_timm(entries)
         if found is None:
-            meta = {**meta, "format": "timm", "ws_eps": TIMM_WS_EPS}
+            meta = {**meta, "format": "timm"}
+    if found is None and "root.conv.weight" in entries:
+        # In whatever names: no file says its eps, the same weights shall give the same logits, and timm's code is the
+        # one that everybody can compare with. Google's and the published code add 1e-10.
+        meta = {"ws_eps": TIMM_WS_EPS, **meta}
     if model_name is not None and isinstance(found, str) and not same_network(found, model_name):
         raise ValueError(f"{file} holds {found}, but {model_name} was asked for{_difference(entries, model_name)}.")
     return {name: entry.read() for name, entry in entries.items()}, meta
