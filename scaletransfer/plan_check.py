@@ -86,7 +86,7 @@ def _groups(cfg: PretrainConfig, classes: int) -> list[list[Shape]]:
 def share_of(cfg: PretrainConfig, strategy: Strategy, classes: int) -> Held:
     """What the engine holds on this rank; nothing is allocated."""
     precision = resolve_precision(cfg.precision, strategy)
-    rules = zero_rules(strategy.world, precision, cfg.micro_batch, accumulation(cfg, strategy.world))
+    rules = zero_rules(strategy.world, precision, cfg.micro_batch, accumulation(cfg, strategy.world), cpu=strategy.cpu)
     return held(
         strategy.engine,
         _groups(cfg, classes),

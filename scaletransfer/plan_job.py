@@ -100,7 +100,7 @@ def make_job(
         # ours steps in one pass over memory
         temporaries=0 if cfg.optimizer.name == "sgd_agc" else (cfg.optimizer.weight_decay > 0) + cfg.optimizer.nesterov,
         buffers=sum(size_of(b) for b in skeleton.buffers()),
-        zero=zero_rules(world, precision, cfg.micro_batch, steps),
+        zero=zero_rules(world, precision, cfg.micro_batch, steps, cpu=device_type == "cpu"),
         asynchronous=cfg.checkpoint.asynchronous,
     )
 
@@ -113,8 +113,8 @@ def agc_units(cfg: PretrainConfig, job: Job) -> int:
     return sum(Segment(shape, 0, 0, 0).units for shape in clipped) + len(exempt)
 
 
-def zero_rules(world: int, precision: str, micro_batch: int, steps: int) -> ZeroRules:
+def zero_rules(world: int, precision: str, micro_batch: int, steps: int, *, cpu: bool) -> ZeroRules:
     """DeepSpeed's settings as the engine makes them."""
-    strategy = Strategy(engine="zero3", world=world, rank=0, local_rank=0, local_world=world, cpu=True)
+    strategy = Strategy(engine="zero3", world=world, rank=0, local_rank=0, local_world=world, cpu=cpu)
     settings = deepspeed_settings(strategy, precision, micro_batch, steps)
     return ZeroRules.of(settings.get("zero_optimization", {}))

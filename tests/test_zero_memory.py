@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,9 +71,10 @@ def test_masters_in_float32_are_the_partitions_and_others_are_copies(monkeypatch
 
 
 def test_buffers_are_bounded_in_every_stage():
-    for stage in (1, 2, 3):
-        settings = buffer_settings(stage)
+    for stage, cpu in itertools.product((1, 2, 3), (True, False)):
+        settings = buffer_settings(stage, cpu=cpu)
         assert settings["reduce_bucket_size"] == BUFFER
+        assert settings.get("stage3_prefetch_bucket_size", 0) == (0 if cpu or stage < 3 else BUFFER // 2)
         assert ("stage3_max_live_parameters" in settings) == (stage == 3)
 
 

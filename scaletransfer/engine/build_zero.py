@@ -40,7 +40,7 @@ def deepspeed_settings(strategy: Strategy, precision: str, micro_batch: int, acc
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
-        "zero_optimization": buffer_settings(strategy.zero_stage),
+        "zero_optimization": buffer_settings(strategy.zero_stage, cpu=strategy.cpu),
     }
 
 

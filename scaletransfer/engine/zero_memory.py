@@ -18,8 +18,11 @@ BUFFER = 50_000_000
 and as many live parameters as R152x4 has, so that it would never let go of one."""
 
 
-def buffer_settings(stage: int) -> dict[str, Any]:
+def buffer_settings(stage: int, *, cpu: bool) -> dict[str, Any]:
     """The part ``zero_optimization`` of DeepSpeed's configuration that bounds what is held beyond a rank's shares.
+
+    On CPUs nothing is fetched ahead: what would be sent meanwhile waits for the cores that compute, and each block that
+    is there before its turn is memory.
 
     See https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training for each.
     """
@@ -28,7 +31,7 @@ def buffer_settings(stage: int) -> dict[str, Any]:
         return {**found, "allgather_bucket_size": BUFFER}
     return {
         **found,
-        "stage3_prefetch_bucket_size": BUFFER // 2,
+        "stage3_prefetch_bucket_size": 0 if cpu else BUFFER // 2,
         # A parameter whose next use is further away than that is given up, and gathered again.
         "stage3_max_live_parameters": 2 * BUFFER,
         "stage3_max_reuse_distance": 2 * BUFFER,
