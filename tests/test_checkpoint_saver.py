@@ -163,7 +163,8 @@ def test_the_states_of_generators_come_back(tmp_path):
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(*arguments: Any) -> None:
+    def write(path: Path, *arguments: Any) -> None:
+        path.write_bytes(b"what fits")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_save, "write_tensors", write)
@@ -175,19 +176,38 @@ def failed(saver: Saver) -> None:
 
 
 def test_a_full_disk_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
-    before = listing(save_3_and_6(tmp_path))
+    before, said = listing(save_3_and_6(tmp_path)), []
     engine = make()
-    saver = Saver(engine)
+    saver = Saver(engine, say=said.append)
     full_disk(monkeypatch)
     saver.save(tmp_path, 9, FACTS, keep=1)
     failed(saver)
+    assert not list(tmp_path.glob(".step-*/*")), "the run has a sentence to leave behind, which needs room"
     for call in (saver.check, saver.settle):
         with pytest.raises(
             OSError, match=r"rank-00000.safetensors cannot be written \(No space left.* before it stay"
         ) as e:
             call()
         sentence(e)
+    saver.close()
+    assert not said, "it is said by the error"
     assert listing(tmp_path) == before and not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_run_that_ends_does_not_say_that_it_goes_on(tmp_path, monkeypatch, raised: bool):
+    said: list[str] = []
+    saver = Saver(make(), say=said.append)
+    full_disk(monkeypatch)
+    saver.save(tmp_path, 9, FACTS, keep=1)
+    failed(saver)
+    if raised:
+        with pytest.raises(OSError, match="No space left"):
+            saver.check()
+    saver.close()
+    assert len(said) == (0 if raised else 1)
+    for text in said:
+        assert text.startswith("the checkpoint of step 9 was not written: ") and "goes on" not in text
 
 
 def test_or_it_goes_on_and_says_so(tmp_path, monkeypatch):

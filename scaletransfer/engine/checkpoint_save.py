@@ -88,7 +88,11 @@ class Job:
         if self.rank:
             self._leaving_note(self._write_rank)
             return
-        self._write_rank()
+        try:
+            self._write_rank()
+        except OSError:
+            (self.temporary / rank_file(0)).unlink(missing_ok=True)  # room for the sentence with which the run ends
+            raise
         self._finish(self._collect())
 
     @property

@@ -32,6 +32,7 @@ TIMEOUT = 1800.0
 BEAT = 5.0
 """Seconds after which ranks that wait for a save tell each other that they are alive: a save may take longer than the
 process group waits for a rank."""
+GOES_ON = ", training goes on with the ones before it"
 GRACE = 120.0
 """Seconds that a run which ends with an error waits for the save that is still running."""
 
@@ -218,6 +219,7 @@ class Saver:
         if self._error is not None:
             assert self._job is not None
             if not self._go_on and (self._engine.rank == 0 or not self._job.told):
+                self._said = True
                 raise self._error
             if self._go_on and not self._said:
                 self._said = True
@@ -230,16 +232,16 @@ class Saver:
             self._note(self._report)
         self._report = ""
 
-    def _tell(self, error: BaseException, step: int) -> None:
+    def _tell(self, error: BaseException, step: int, how: str = GOES_ON) -> None:
         if self._engine.rank == 0:
-            self._say(self._sentence(error, step))
+            self._say(self._sentence(error, step, how))
         elif self._job is not None and not self._job.told:
-            print(f"[rank {self._engine.rank}] {self._sentence(error, step)}", file=sys.stderr, flush=True)
+            print(f"[rank {self._engine.rank}] {self._sentence(error, step, how)}", file=sys.stderr, flush=True)
 
     @staticmethod
-    def _sentence(error: BaseException, step: int) -> str:
+    def _sentence(error: BaseException, step: int, how: str = GOES_ON) -> str:
         text = " ".join(str(error).split()) or type(error).__name__
-        return f"the checkpoint of step {step} was not written, training goes on with the ones before it: {text}"
+        return f"the checkpoint of step {step} was not written{how}: {text}"
 
     def settle(self, *, strict: bool = False) -> None:
         """Wait for the save that was begun, if one was. All ranks call this.
@@ -305,7 +307,7 @@ class Saver:
             if self._thread.is_alive():
                 print(f"the checkpoint of step {self._job.step} is given up", file=sys.stderr, flush=True)
             elif self._error is not None and not self._said:
-                self._tell(self._error, self._job.step)
+                self._tell(self._error, self._job.step, how="")
         if self._away is not None:
             self._away.finish(GRACE)
             for message in self._away.messages():
