@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -15,6 +16,8 @@ KEPT = 64 * 2**20
 def bound_heap() -> bool:
     """Keep glibc's heap near what lives in it, for the rest of the process; whether there is a glibc to tell.
 
+    Limits of its own that the environment sets (MALLOC_MMAP_THRESHOLD_, mallopt(3)) stay as they are.
+
     A sharding engine gathers, reduces and frees blocks of many sizes between shards that stay. glibc raises its limit
     for mappings with the first large tensor that is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD), and what is
     smaller then leaves holes in the heap: with BiT-M-R152x4 on two ranks 2.4 GB a rank.
@@ -23,7 +26,7 @@ def bound_heap() -> bool:
         OSError: glibc refuses the limits.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     for option, value in ((_MMAP_THRESHOLD, LARGE), (_TRIM_THRESHOLD, KEPT)):
         if not mallopt(option, value):
