@@ -11,6 +11,7 @@ prepared and what its outputs mean; data with other labels is refused.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -118,7 +119,7 @@ def evaluate(
     normalize = Normalizer(normal["mean"], normal["std"], data.pixel_max).to(accelerator.device)
     sampler = EvalSampler(len(data), strategy.rank, strategy.world, batch)
     with dead_workers_named():
-        stream = batches(make_loader(data, sampler, workers))
+        stream = batches(make_loader(data, sampler, min(workers, os.cpu_count() or 1)))
         predicted = predict(inference, normalize, stream, progress=strategy.rank == 0)
     found = score_parts(data, predicted, resamples)
     if strategy.rank == 0:
@@ -242,6 +243,8 @@ def open_labelled(
             "--protocol, --views, --option and --salt-file are for --source: leave them out with --images and --shards"
         )
     if images is not None:
+        if not Path(images).expanduser().is_dir():
+            raise ValueError(f"there is no folder {images}: correct --images")
         folder = ImageFolder(images)
         return make_target(from_records(folder, keys.PUBLIC_SALT), Path(images).resolve().name, policy)
     if shards is not None:

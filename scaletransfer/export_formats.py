@@ -87,11 +87,12 @@ def timm_name(model: str) -> str | None:
 
 def _write(path: Path, shown: Path, entries: dict[str, Entry], card: dict[str, Any], form: str) -> list[str]:
     if form == "onnx":
-        said = write_onnx(path, entries, card)
+        with writing(shown):
+            said = write_onnx(path, entries, card)
     elif form == "published" or path.suffix in PICKLED:
         state = {name: as_float32(name, entry.read) for name, entry in entries.items()}
         epoch = card.get("provenance", {}).get("imported", {}).get("epoch")
-        with writing(path):
+        with writing(shown):
             if form == "timm":
                 torch.save(to_timm(state), path)
             else:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from scaletransfer.cli import CommandParser
+from scaletransfer.files import lack_of_space_named
 from scaletransfer.labels import LabelPolicy
 from scaletransfer.model_images import look, open_data, open_ready, pooled
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = features(options.model, options.data, split=options.split, batch=options.batch, workers=options.workers)
     temporary = options.out.with_name(f".{options.out.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with lack_of_space_named(options.out.absolute().parent), temporary.open("wb") as file:
             np.savez(file, **found)  # type: ignore[arg-type]
         os.replace(temporary, options.out)
     finally:

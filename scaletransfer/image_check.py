@@ -5,6 +5,7 @@ Both read the images where the loader reads them: loose files or shards.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,13 +40,15 @@ def check_images(
     """Decode every given image once, so that a run does not end at a broken one after hours.
 
     rows[i] are rows of the table of sources[i] (repeated rows are decoded once).  channels and depth are those that
-    the run decodes to.  `workers` processes decode; with 0 this one does.  Progress is shown on a terminal.
+    the run decodes to.  `workers` processes decode, at most one a core; with 0 this one does.  Progress is
+    shown on a terminal.
     fill: for each source what decodes a row into a cache, if it isn't there yet, and says whether that went well.
 
     Raises ValueError that names the first five images that cannot be read, with reasons, and how many there are; or
     that a process has died.
     """
     places = [(number, int(row)) for number, chosen in enumerate(rows) for row in np.unique(chosen)]
+    workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(
         _Problems(sources, places, channels, depth, fill),
         batch_size=_BATCH,

@@ -50,6 +50,10 @@ def writing(path: Path) -> Iterator[None]:
     """An OSError inside, such as a full disk, says which file could not be written."""
     try:
         yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's writer, which does not say what the system said
+            raise
+        raise OSError(f"{path} cannot be written (is the disk full?): nothing was exported") from error
     except OSError as error:
         if error.filename not in (None, str(path)):  # something else could not be read
             raise

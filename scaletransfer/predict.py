@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
+import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from PIL import Image
 
 from scaletransfer.cli import CommandParser
 from scaletransfer.explain import heat, need_grad_cam, overlay
+from scaletransfer.files import lack_of_space_named, write_atomically
 from scaletransfer.model_images import Ready, Seen, files_target, find_files, look, open_ready
 from scaletransfer.transfer.predictions import WIDE
 from scaletransfer.transfer.scores import probabilities
@@ -99,7 +100,6 @@ def _explain(
     ready: Ready, seen: Seen, p: np.ndarray, files: dict[int, Path], folder: Path, top: int | None
 ) -> list[Path]:
     """Write the pictures of a batch; which those are."""
-    folder.mkdir(parents=True, exist_ok=True)
     count = top or (1 if ready.card["task"] == "multiclass" else len(ready.names))
     chosen = [first(row, count) for row in p]
     written = []
@@ -109,7 +109,9 @@ def _explain(
         for pixels, row, best, heated in zip(seen.pixels[part], seen.rows[part], chosen[part], maps, strict=True):
             for number, one in zip(best, heated, strict=True):
                 path = folder / f"{_unique(files, int(row))}_{plain(ready.names[number])}.png"
-                Image.fromarray(overlay(pixels, seen.white, one)).save(path)
+                with lack_of_space_named(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(overlay(pixels, seen.white, one)).save(path)
                 written.append(path)
     return written
 
@@ -159,10 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
     else:
-        temporary = options.out.with_name(f".{options.out.name}.tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as handle:
-            csv.writer(handle, lineterminator="\n").writerows(rows)
-        os.replace(temporary, options.out)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with lack_of_space_named(options.out.absolute().parent):
+            write_atomically(options.out, text.getvalue().encode("utf-8"))
         print(f"{options.out}: {len(rows) - 1} images")
     if options.explain is not None:
         print(f"{options.explain}: {len(written)} Grad-CAM pictures", file=sys.stderr)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaletransfer.cli import CommandParser
+from scaletransfer.files import lack_of_space_named
 from scaletransfer.report_curves import curves_of
 from scaletransfer.report_inputs import Inputs, read_inputs
 from scaletransfer.report_page import MARK, write_page
@@ -156,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = list(inputs.notes)
     rows = sum(len(cell.rows) for cell in summary.cells if cell.main)
     if options.out is not None:
-        notes += write_report(summary, inputs, options.out, options.results)
+        with lack_of_space_named(options.out):
+            notes += write_report(summary, inputs, options.out, options.results)
     if options.out is None or rows <= LONG:
         print(text(summary), end="")
     if options.out is not None:

@@ -8,6 +8,7 @@ little. Neither holds any state: a resumed run needs none of theirs.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -182,15 +183,18 @@ class ProcessLoader:
                 yield self.dataset.__getitems__(positions)
             return
         pinned = torch.cuda.is_available()
-        loader: DataLoader[Any] = DataLoader(
-            _Arrays(self.dataset),
-            batch_sampler=self.sampler,
-            collate_fn=_finished,
-            num_workers=self.workers,
-            prefetch_factor=self._ahead(),
-            multiprocessing_context="fork",
-        )
-        iterator = iter(loader)
+        with warnings.catch_warnings():
+            # their number is the configuration's: its default is for larger machines, and does no harm on small ones
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader: DataLoader[Any] = DataLoader(
+                _Arrays(self.dataset),
+                batch_sampler=self.sampler,
+                collate_fn=_finished,
+                num_workers=self.workers,
+                prefetch_factor=self._ahead(),
+                multiprocessing_context="fork",
+            )
+            iterator = iter(loader)
         try:
             for arrays in iterator:
                 batch = {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arrays.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,3 +19,14 @@ def private_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.delenv("SCALETRANSFER_TRACEBACK", raising=False)
         yield
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Writing on past 100 kB fails (EFBIG), as it does where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -200,17 +197,6 @@ def test_the_finished_file_is_compared_too(made, tmp_path):
     save_file(written, path)
     with pytest.raises(ValueError, match=rf"{WEIGHT} differs"):
         prove(checkpoint, path)
-
-
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Writing on past 100 kB fails (EFBIG), as it does where a disk is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_a_full_disk_leaves_nothing(made, tmp_path, capsys, small_disk):

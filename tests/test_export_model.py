@@ -141,3 +141,10 @@ def test_onnx_without_its_packages_names_the_extra(tmp_path, capsys, tiny, monke
     message = refused(capsys, tiny, "--to", tmp_path / "out", "--format", "onnx")
     assert "needs onnxruntime" in message and "pip install 'scaletransfer[onnx]'" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "published"])
+def test_a_full_disk_is_said(tmp_path, capsys, tiny, small_disk, form):
+    message = refused(capsys, tiny, "--to", tmp_path / "out", "--format", form)
+    assert f"{tmp_path / 'out'}/model." in message and "cannot be written" in message
+    assert not list(tmp_path.iterdir())

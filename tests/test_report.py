@@ -173,6 +173,12 @@ def test_a_folder_gets_page_tables_figures_and_rows(runs: Path, tmp_path: Path, 
     assert capsys.readouterr().out == BY_HAND
 
 
+def test_a_full_disk_is_said(tmp_path: Path, small_disk: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["paper", "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {tmp_path / 'out'}: a file grew beyond") and shown.count("\n") == 1
+
+
 def test_without_matplotlib_there_is_all_but_the_figures(runs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([str(runs), "--out", str(tmp_path / "out")]) == 0

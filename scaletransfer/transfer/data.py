@@ -252,6 +252,8 @@ def open_folder(folder: Path, valid_share: float, valid_split: str = "valid") ->
     Keys come from the public salt: the files are the user's own and lie beside the results, and a selection by seed
     is then the same for everybody who has the same files.
     """
+    if not folder.expanduser().is_dir():
+        raise ValueError(f"there is no folder {folder}: correct --images, or data.images")
     source = ImageFolder(folder)
     note = ""
     if valid_split == "valid" and "valid" not in source.splits and valid_share:
