@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
-from scaletransfer.units import Segment, UnitPlan, flat, local
+from scaletransfer.units import Segment, UnitPlan, flat, flattens, local
 
 FLOOR = 1e-6
 """Smallest norm that a gradient is divided by (timm's and the published code's constant)."""
+CACHED = 2**20
+"""Elements that a CPU clips and steps together: gradients, weights and momentum of a chunk take 12 MB of its cache."""
 _REGISTERS = 64
 """A multiple of the elements that any vector register holds."""
 
@@ -140,9 +142,7 @@ class SGD_AGC(torch.optim.Optimizer):
                 loss = closure()
         tensors = [p for group in self.param_groups for p in group["params"]]
         if tensors:
-            self._stats.append(self._clip(tensors))
-        for group in self.param_groups:
-            self._update(group)
+            self._stats.append(self._step(tensors))
         return loss
 
     def _segments(self, tensor: Tensor) -> Sequence[Segment]:
@@ -157,93 +157,130 @@ class SGD_AGC(torch.optim.Optimizer):
 
     def _plan(self, tensors: Sequence[Tensor]) -> UnitPlan:
         """The plan for these tensors: made at the first step, and again when an engine steps others."""
-        apart = [group["clipping"] is not None for group in self.param_groups for _ in group["params"]]
+        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        apart = [self.param_groups[number]["clipping"] is not None for number in groups]
         key = tuple(zip(map(id, tensors), apart, strict=True))
         if key not in self._plans:
             segments = [self._segments(p) for p in tensors]
             # An id names a tensor only as long as the tensor lives, so the tensors are kept too.
-            self._plans[key] = (UnitPlan([local(p) for p in tensors], segments, apart), list(tensors))
+            mine = [local(p) for p in tensors]
+            most = CACHED if mine[0].device.type == "cpu" else None
+            self._plans[key] = (UnitPlan(mine, segments, apart, groups, most), list(tensors))
         return self._plans[key][0]
 
-    def _clip(self, tensors: Sequence[Tensor]) -> ClipStats:
-        """Scales the gradients in place, unit by unit."""
+    def _step(self, tensors: Sequence[Tensor]) -> ClipStats:
+        """Clips and steps chunk by chunk; where units are spread over ranks, all norms come first."""
         plan = self._plan(tensors)
-        gradients = [None if p.grad is None else local(p.grad) for p in tensors]
-        weights = [None if p.grad is None else local(p) for p in tensors]
+        held = [self._held(p, group) for group in self.param_groups for p in group["params"]]
+        gradients = [one.gradient if one else None for one in held]
+        weights = [one.weight if one else None for one in held]
         first = local(tensors[0])
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        sums = torch.zeros(2, plan.units, dtype=dtype, device=first.device)
-        plan.square_sums(gradients, sums[0])
-        plan.square_sums(weights, sums[1], wholes=False)
+        norms = torch.zeros(2, plan.units, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        limit, scale = torch.full_like(norms[0], math.inf), torch.ones_like(norms[0])
+
+        def judge(group: dict[str, Any], units: slice) -> None:
+            limit[units] = norms[1][units].clamp_min(group["eps"]).mul_(group["clipping"])
+            shorter = limit[units] / norms[0][units].clamp_min(FLOOR)
+            scale[units] = torch.where(norms[0][units] > limit[units], shorter, 1.0)
+
         if self._group is not None:
-            there = sums.to(self._device or sums.device)
+            plan.square_sums(gradients, norms[0])
+            plan.square_sums(weights, norms[1], wholes=False)
+            there = norms.to(self._device or norms.device)
             dist.all_reduce(there, group=self._group)
-            sums = there.to(sums.device)
-        norm, limit, counted, last = sums[0].sqrt(), sums[1].sqrt(), 0, 0
+            norms.copy_(there).sqrt_()
+        counted, last = 0, 0
         for group in self.param_groups:
-            start, last = last, last + len(group["params"])
-            units = slice(plan.first[start], plan.first[last])
-            if group["clipping"] is None:
-                limit[units] = math.inf
-            else:
-                limit[units].clamp_min_(group["eps"]).mul_(group["clipping"])
+            units = slice(plan.first[last], plan.first[last + len(group["params"])])
+            last += len(group["params"])
+            if group["clipping"] is not None:
                 counted += units.stop - units.start
-        over = norm > limit
-        scale = torch.where(over, limit / norm.clamp_min(FLOOR), 1.0)
-        plan.scale(gradients, scale)
-        return ClipStats(square_norm=sums[0].sum(), clipped=over.sum(), units=counted)
+                if self._group is not None:
+                    judge(group, units)
+        for chunk in plan.chunks:
+            group = self.param_groups[chunk.group]
+            clips = group["clipping"] is not None
+            if self._group is None:
+                chunk.norms(gradients, norms[0])
+                if clips:
+                    chunk.norms(weights, norms[1])
+                    judge(group, chunk.units)
+            if clips:
+                chunk.scale(gradients, scale)
+            _update(group, [(held[tensor], end) for tensor, end in chunk.ends.items()])
+        return ClipStats(square_norm=norms[0].square().sum(), clipped=(norms[0] > limit).sum(), units=counted)
 
-    def _update(self, group: dict[str, Any]) -> None:
-        """``torch.optim.SGD`` on what this rank holds, in one pass over memory where torch has a fused kernel."""
-        calls: dict[tuple[bool, bool], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            weight, gradient, buffer, fresh = local(p), local(p.grad), None, False
-            if group["momentum"]:
-                state = self.state[p]
-                fresh = state.get("momentum_buffer") is None
-                if fresh:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = local(state["momentum_buffer"])
-            for fused, part in _parts(weight, gradient, buffer):
-                calls.setdefault((fused, fresh), []).append(part)
-        for (fused, fresh), parts in calls.items():
-            sgd(
-                [weight for weight, _, _ in parts],
-                [gradient for _, gradient, _ in parts],
-                [buffer for _, _, buffer in parts],
-                fused=fused,
-                foreach=False if fused else None,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                # torch's first buffer is the gradient itself, which is what comes of zeros without dampening
-                dampening=0.0 if fresh else group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=False,
-            )
+    def _held(self, p: Tensor, group: dict[str, Any]) -> _Held | None:
+        """What this rank steps of a parameter; None without a gradient."""
+        if p.grad is None:
+            return None
+        weight, gradient, buffer, fresh = local(p), local(p.grad), None, False
+        if group["momentum"]:
+            state = self.state[p]
+            fresh = state.get("momentum_buffer") is None
+            if fresh:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            buffer = local(state["momentum_buffer"])
+        if not flattens(gradient):
+            gradient = gradient.contiguous()
+        return _Held(weight, gradient, buffer, fresh)
 
 
-def _parts(
-    weight: Tensor, gradient: Tensor, buffer: Tensor | None
-) -> Sequence[tuple[bool, tuple[Tensor, Tensor, Tensor | None]]]:
-    """What of a tensor torch's fused kernel may step (True), and what its default must.
+class _Held:
+    """A tensor that is stepped from its beginning to its end, part after part.
 
-    The kernel walks through memory, so the tensors must lie in it alike. The last few elements, which do not fill its
-    registers, it rounds otherwise than the default.
+    torch's fused kernel walks through memory, so the tensors must lie in it alike; its default takes what does not. The
+    last few elements, which do not fill the kernel's registers, it rounds otherwise than the default.
     """
-    alike = weight.dtype == gradient.dtype and weight.stride() == gradient.stride()
-    if buffer is not None:
-        alike = alike and buffer.dtype == weight.dtype and buffer.stride() == weight.stride()
-    rest = weight.numel() % _REGISTERS
-    if not alike or weight.device.type not in ("cpu", "cuda") or rest == weight.numel():
-        return [(False, (weight, gradient, buffer))]
-    if rest == 0:
-        return [(True, (weight, gradient, buffer))]
-    w, g, b = flat(weight), flat(gradient), None if buffer is None else flat(buffer)
-    body, tail = slice(0, len(w) - rest), slice(len(w) - rest, len(w))
-    return [(here is body, (w[here], g[here], None if b is None else b[here])) for here in (body, tail)]
+
+    def __init__(self, weight: Tensor, gradient: Tensor, buffer: Tensor | None, fresh: bool) -> None:
+        self.weight, self.gradient, self.buffer, self.fresh = weight, gradient, buffer, fresh
+        alike = weight.dtype == gradient.dtype and weight.stride() == gradient.stride()
+        if buffer is not None:
+            alike = alike and buffer.dtype == weight.dtype and buffer.stride() == weight.stride()
+        self._rest = weight.numel() % _REGISTERS
+        self._alike = alike and flattens(weight) and weight.device.type in ("cpu", "cuda")
+        self._done = 0
+
+    def until(self, end: int) -> list[tuple[bool, tuple[Tensor, Tensor, Tensor | None]]]:
+        """What may be stepped when all before element ``end`` is clipped: (by the fused kernel or not, the parts)."""
+        size, rest = self.weight.numel(), self._rest
+        last = end == size
+        if not size:
+            return []
+        if not self._alike:
+            return [(False, (self.weight, self.gradient, self.buffer))] if last else []
+        start, stop = self._done, size - rest if last else end - end % _REGISTERS
+        self._done = stop
+        if start == 0 and stop == size:
+            return [(True, (self.weight, self.gradient, self.buffer))]
+        w, g, b = flat(self.weight), flat(self.gradient), None if self.buffer is None else flat(self.buffer)
+        cuts = [(True, slice(start, stop))] if stop > start else []
+        cuts += [(False, slice(stop, size))] if last and rest else []
+        return [(fused, (w[cut], g[cut], None if b is None else b[cut])) for fused, cut in cuts]
+
+
+def _update(group: dict[str, Any], reached: Sequence[tuple[_Held | None, int]]) -> None:
+    """``torch.optim.SGD`` on parts of tensors, in one pass over memory where torch has a fused kernel."""
+    calls: dict[tuple[bool, bool], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+    for held, end in reached:
+        for fused, part in held.until(end) if held else ():
+            calls.setdefault((fused, held.fresh), []).append(part)  # type: ignore[union-attr]
+    for (fused, fresh), parts in calls.items():
+        sgd(
+            [weight for weight, _, _ in parts],
+            [gradient for _, gradient, _ in parts],
+            [buffer for _, _, buffer in parts],
+            fused=fused,
+            foreach=False if fused else None,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            # torch's first buffer is the gradient itself, which is what comes of zeros without dampening
+            dampening=0.0 if fresh else group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
 
 
 def split_head(

@@ -4,14 +4,15 @@ A *unit* is an output filter or row: the slices along the first dimension of a t
 vector or scalar is one unit. An engine keeps parameters whole (ddp), by rows (FSDP2) or in flat partitions whose
 borders fall inside a filter (ZeRO). A ``UnitPlan`` is made once from that layout; every step then takes few, large
 operations: neighbours in a flat partition are reduced together in blocks that no unit's border cuts, vectors of their
-own in one multi-tensor call. One number a block is all that is allocated.
+own in one multi-tensor call. One number a block is all that is allocated. On a CPU the plan is cut into chunks that
+stay in the cache from one operation to the next.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -71,6 +72,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def flattens(tensor: Tensor) -> bool:
+    """Whether `flat` can give a view of this rank's part."""
+    mine = local(tensor)
+    last = mine.dim() == 4 and mine.is_contiguous(memory_format=torch.channels_last)
+    return last or mine.is_contiguous()
+
+
 def flat(tensor: Tensor) -> Tensor:
     """One-dimensional view of this rank's part; never a copy. Units stay whole and in order, in channels-last too."""
     mine = local(tensor).detach()
@@ -120,6 +128,19 @@ class _Span:
         self.block, self.total = block, total
         return True
 
+    def split(self, most: int) -> list[_Span]:
+        """It in parts of about ``most`` elements, cut between units."""
+        found: list[_Span] = []
+        size = offset = start = 0
+        for number, count in enumerate([*self.counts, most]):
+            if start < number and size + count > most:
+                counts = self.counts[start:number]
+                place = self.offset + offset
+                found.append(_Span(self.tensor, place, self.first + start, counts, self.block, size))
+                start, offset, size = number, offset + size, 0
+            size += count
+        return found
+
     def settle(self, tensor: Tensor) -> None:
         """Finds what is the same in every step; ``tensor`` is the one that the span lies in."""
         lengths = [count // self.block for count in self.counts]
@@ -140,6 +161,60 @@ class _Span:
         return flat(tensor)[self.offset : self.offset + self.total].view(-1, self.block)
 
 
+@dataclass
+class Chunk:
+    """Units that are stepped together, of tensors of one group: the spans that they lie in."""
+
+    group: int
+    spans: list[_Span] = field(default_factory=list)
+    wholes: list[_Span] = field(default_factory=list)
+    """Of tensors that are not told by unit."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """Tensor -> the element before which its units belong to this chunk or an earlier one."""
+    total: int = 0
+
+    def settle(self, tensors: Sequence[Tensor]) -> None:
+        """Finds what is the same in every step; tensors: of the plan."""
+        spans = [*self.spans, *self.wholes]
+        for span in spans:
+            span.settle(tensors[span.tensor])
+        edges = [edge for span in spans for edge in (span.units.start, span.units.stop)]
+        self.units = slice(min(edges, default=0), max(edges, default=0))
+        """The numbers of its units; perhaps of a few others too."""
+        self._many = [span for span in self.spans if len(span.counts) > 1]
+        self._singles = [span for span in self.spans if len(span.counts) == 1]
+
+    def norms(self, tensors: Sequence[Tensor | None], out: Tensor, wholes: bool = True) -> None:
+        """Writes the norm of this rank's elements of each unit to ``out`` [units of the plan]; see ``UnitPlan``."""
+        for span, rows in _held(self._many, tensors):
+            if span.lengths is None:
+                torch.linalg.vector_norm(rows, dim=span.dims, dtype=out.dtype, out=out[span.units])
+                continue
+            squares = torch.linalg.vector_norm(rows, dim=span.dims, dtype=out.dtype).square_()
+            out[span.units] = torch.segment_reduce(squares, "sum", lengths=span.lengths, unsafe=True).sqrt_()
+        singles = _held([*self._singles, *(self.wholes if wholes else [])], tensors)
+        if singles:
+            norms = torch._foreach_norm([rows for _, rows in singles], 2, dtype=out.dtype)
+            out[_index(singles, out.device)] = torch.stack(norms)
+
+    def scale(self, tensors: Sequence[Tensor | None], scale: Tensor) -> None:
+        """Multiplies this rank's elements of each unit in place by ``scale`` [units of the plan]."""
+        scaled: list[Tensor] = []
+        factors: list[Tensor] = []
+        for span, rows in _held(self._many, tensors):
+            factor = scale[span.units].to(rows.dtype)
+            if span.lengths is not None:
+                factor = factor.repeat_interleave(span.lengths, output_size=len(rows))
+            scaled.append(rows)
+            factors.append(factor.view(-1, *(1 for _ in span.dims)))
+        singles = _held(self._singles, tensors)
+        if singles:
+            scaled += [rows for _, rows in singles]
+            factors += scale[_index(singles, scale.device)].to(scaled[0].dtype).unbind()
+        if scaled:
+            torch._foreach_mul_(scaled, factors)  # type: ignore[arg-type]
+
+
 class UnitPlan:
     """Which elements of a list of tensors belong to which unit.
 
@@ -149,20 +224,29 @@ class UnitPlan:
             segments too, so that every rank numbers them alike.
         apart: for each tensor, whether it is told by unit; otherwise each of its segments counts as one unit, of
             which this rank may hold any part, and which is never scaled.
+        groups: for each tensor, a number; a chunk has tensors of one group. None: all are of one.
+        most: elements of a chunk, but for single units that have more; None: a group is one chunk.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], segments: Sequence[Sequence[Segment]], apart: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        segments: Sequence[Sequence[Segment]],
+        apart: Sequence[bool],
+        groups: Sequence[int] | None = None,
+        most: int | None = None,
+    ) -> None:
         self.first: list[int] = [0]
         """Number of each tensor's first unit, and at the end the number of units."""
-        spans: list[_Span] = []
-        self._wholes: list[_Span] = []
+        self.chunks: list[Chunk] = []
         for tensor, (parts, by_unit) in enumerate(zip(segments, apart, strict=True)):
+            spans: list[_Span] = []
             number = self.first[-1]
             for part in parts:
                 if not by_unit:
                     size = part.stop - part.start
                     if size:
-                        self._wholes.append(_Span(tensor, part.offset, number, [size], size, size))
+                        spans.append(_Span(tensor, part.offset, number, [size], size, size))
                     number += 1
                     continue
                 for begin, end, unit, count in part.runs():
@@ -172,10 +256,27 @@ class UnitPlan:
                         spans.append(run)
                 number += part.units
             self.first.append(number)
-        for span in (*spans, *self._wholes):
-            span.settle(tensors[span.tensor])
-        self._spans = [span for span in spans if len(span.counts) > 1]
-        self._singles = [span for span in spans if len(span.counts) == 1]
+            whole = tensors[tensor]
+            if most and by_unit and flattens(whole):
+                spans = [part for span in spans for part in (span.split(most) if span.total > most else [span])]
+            self._append(tensor, spans, whole.numel(), by_unit, groups[tensor] if groups else 0, most)
+        for chunk in self.chunks:
+            chunk.settle(tensors)
+
+    def _append(
+        self, tensor: int, spans: list[_Span], elements: int, by_unit: bool, group: int, most: int | None
+    ) -> None:
+        spans = sorted(spans, key=lambda span: span.offset)
+        for place in range(max(1, len(spans))):
+            span = spans[place] if spans else None
+            new = not self.chunks or self.chunks[-1].group != group
+            if new or (most and span and self.chunks[-1].total + span.total > most):
+                self.chunks.append(Chunk(group))
+            chunk = self.chunks[-1]
+            if span:
+                (chunk.spans if by_unit else chunk.wholes).append(span)
+                chunk.total += span.total
+            chunk.ends[tensor] = spans[place + 1].offset if place + 1 < len(spans) else elements
 
     @property
     def units(self) -> int:
@@ -188,34 +289,14 @@ class UnitPlan:
             tensors: like those given to the plan; None leaves the units of one as they are.
             wholes: also for tensors that are not told by unit.
         """
-        for span, rows in _held(self._spans, tensors):
-            if span.lengths is None:
-                torch.linalg.vector_norm(rows, dim=span.dims, dtype=out.dtype, out=out[span.units])
-                continue
-            squares = torch.linalg.vector_norm(rows, dim=span.dims, dtype=out.dtype).square_()
-            out[span.units] = torch.segment_reduce(squares, "sum", lengths=span.lengths, unsafe=True).sqrt_()
-        singles = _held([*self._singles, *(self._wholes if wholes else [])], tensors)
-        if singles:
-            norms = torch._foreach_norm([rows for _, rows in singles], 2, dtype=out.dtype)
-            out[_index(singles, out.device)] = torch.stack(norms)
+        for chunk in self.chunks:
+            chunk.norms(tensors, out, wholes)
         out.square_()
 
     def scale(self, tensors: Sequence[Tensor | None], scale: Tensor) -> None:
         """Multiplies this rank's elements of each unit in place by ``scale`` [units]."""
-        scaled: list[Tensor] = []
-        factors: list[Tensor] = []
-        for span, rows in _held(self._spans, tensors):
-            factor = scale[span.units].to(rows.dtype)
-            if span.lengths is not None:
-                factor = factor.repeat_interleave(span.lengths, output_size=len(rows))
-            scaled.append(rows)
-            factors.append(factor.view(-1, *(1 for _ in span.dims)))
-        singles = _held(self._singles, tensors)
-        if singles:
-            scaled += [rows for _, rows in singles]
-            factors += scale[_index(singles, scale.device)].to(scaled[0].dtype).unbind()
-        if scaled:
-            torch._foreach_mul_(scaled, factors)  # type: ignore[arg-type]
+        for chunk in self.chunks:
+            chunk.scale(tensors, scale)
 
 
 def _held(spans: Sequence[_Span], tensors: Sequence[Tensor | None]) -> list[tuple[_Span, Tensor]]:

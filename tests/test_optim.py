@@ -594,3 +594,45 @@ def test_a_tensor_that_the_layout_does_not_know_is_refused() -> None:
     known.grad, other.grad = torch.ones(4), torch.ones(4)
     with pytest.raises(ValueError, match="unknown layout"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("flat_partition", [False, True])
+@pytest.mark.parametrize("clipping", [1e-2, None])
+@pytest.mark.parametrize("most", [1, 100, 1000, 5000])
+def test_chunks_of_any_size_give_the_same(
+    most: int, clipping: float | None, flat_partition: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(3,), (40, 7), (5, 130), (16, 8, 3, 3), (1, 70), (64,), (9, 64)]
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    drawn = [[torch.randn(shape, generator=generator) * 10 ** float(n % 3 - 1) for shape in shapes] for n in range(3)]
+    results = []
+    for chosen in (most, 10**9):
+        monkeypatch.setattr("scaletransfer.optim.CACHED", chosen)
+        if flat_partition:
+            joined = nn.Parameter(torch.cat([value.flatten() for value in values]))
+            offsets = np.cumsum([0, *(value.numel() for value in values)])
+            layout = [Segment(s, 0, math.prod(s), int(o)) for s, o in zip(shapes, offsets, strict=False)]
+            parameters = [joined]
+        else:
+            parameters = [nn.Parameter(value.clone()) for value in values]
+        groups = [{"params": parameters[:-1] or parameters}, {"params": parameters[-1:], "clipping": None}]
+        optimizer = SGD_AGC(
+            groups[:1] if flat_partition else groups, lr=0.1, momentum=0.9, weight_decay=1e-3, clipping=clipping
+        )
+        if flat_partition:
+            optimizer.set_layout({joined: layout}, None)
+        told = []
+        for step in drawn:
+            gradients = [torch.cat([g.flatten() for g in step])] if flat_partition else step
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+            stats = optimizer.pop_stats()
+            assert stats is not None
+            told.append((int(stats.clipped), stats.units, pytest.approx(float(stats.square_norm), rel=1e-5)))
+        results.append((parameters, told))
+    (few, told_few), (one, told_one) = results
+    assert told_few == told_one and (clipping is None or told_one[0][0] > 10)
+    for a, b in zip(few, one, strict=True):
+        assert torch.equal(a, b) if clipping is None else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
