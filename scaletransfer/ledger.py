@@ -83,7 +83,7 @@ def record(
         gradients: "there": it is not the first micro-batch of its step, and is added to what the others left.
             "new": it is the first one, and gradients come into being. "taken": whoever runs the network takes each
             gradient away when it is made, as DeepSpeed does.
-        kept: the share of each gradient for which that one needs memory from then on.
+        kept: the share of each gradient for which that one needs memory from then on; negative where it frees some.
 
     Returns:
         The bytes of each storage as it is made (positive) and freed (negative), without those of parameters, buffers

@@ -304,14 +304,18 @@ class Estimator:
         gradients = 0 if away else h.gradients
         filled = min(job.parameters, rules.reduce_bucket_size)
         bucket = FLOAT * (rules.reduce_bucket_size if job.cuda else filled)
-        copies = FLOAT * filled * (1 if job.compute == FLOAT else 2)
+        # the bucket by ranks; in float32 where it is not; and gloo reduces a copy (ProcessGroupGloo, torch 2.14)
+        copies = FLOAT * filled * (1 + (job.compute != FLOAT) + (not job.cuda))
         once = job.parameters <= rules.reduce_bucket_size
         forward, kept = rules.gathered(job.shapes), rules.kept_for_backward(job.shapes)
-        # where nothing is gathered in backward, what came in one tensor is let go of when forward ends
-        gathered = kept if kept == sum(rules.large(job.shapes)) else forward
+        # where nothing is gathered in backward, what came in one tensor is let go of when forward ends, and a
+        # parameter when its gradient is there
+        everything = kept == sum(rules.large(job.shapes))
+        gathered = kept if everything else forward
         # on a CPU the engine gives their pages back after each step, but for those that the offloaded optimizer has
         gradual = engine == "zero3" and not job.cuda and job.accumulation == 1
-        live = self._live(micro_batch, "taken", native=True, kept=h.gradients / (FLOAT * job.parameters) * gradual)
+        share = h.gradients / (FLOAT * job.parameters) * gradual
+        live = self._live(micro_batch, "taken", native=True, kept=share - everything)
         backward = Memory(
             moment="backward",
             gradients=0 if gradual else gradients,
@@ -328,7 +332,9 @@ class Estimator:
             buckets=bucket,
             **base,
         )
-        reduction = Memory(moment="reduction", gradients=gradients, buckets=bucket + copies, **base)
+        # what is reduced comes to its place when gloo's copy is gone
+        there = gradients - math.floor(gradual * gradients * filled / job.parameters)
+        reduction = Memory(moment="reduction", gradients=there, buckets=bucket + copies, **base)
         # the engine gives the optimizer each sub-group's gradients where they lie
         step = min(parameter_share(job.shapes, job.world), rules.sub_group_size)
         temporaries = min(1, job.temporaries) if job.cuda else job.temporaries

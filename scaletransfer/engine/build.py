@@ -7,6 +7,7 @@ engine starts equal and a checkpoint loads under any of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from scaletransfer.engine.average import WeightAverage
 from scaletransfer.engine.build_fsdp2 import build_fsdp2
 from scaletransfer.engine.build_zero import build_zero, deepspeed_settings, fill_masters
 from scaletransfer.engine.filling import Values, fill, persistent_buffers
-from scaletransfer.engine.heap import bound_heap
+from scaletransfer.engine.heap import HEAVY, bound_heap
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.rehearsal import make_accelerator
 from scaletransfer.engine.strategy import Strategy
@@ -158,14 +159,15 @@ def build_engine(
         if strategy.deepspeed:
             raise ValueError(f"precision is fp64, which {strategy.engine} does not offer: use fp32 or bf16")
         create = _in_float64(create)
-    if strategy.cpu and (strategy.fsdp or strategy.deepspeed):
-        bound_heap()
     accelerator = make_accelerator(strategy)
     verify.check_started(strategy, accelerator)
     with torch.device("meta"):
         skeleton = create()  # names and whole shapes, no memory: engines that shard at birth show neither
     source = values(skeleton)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if p.requires_grad}
+    share = 12 * sum(map(math.prod, shapes.values())) // strategy.shards
+    if strategy.cpu and (strategy.fsdp or strategy.deepspeed) and share >= HEAVY:
+        bound_heap()
     zero: Any = None
     if strategy.deepspeed:
         settings = deepspeed_settings(strategy, precision, micro_batch, accumulation)

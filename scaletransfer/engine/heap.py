@@ -9,6 +9,10 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE = 4 * 2**20
 """Bytes from which a tensor gets a mapping of its own, which freeing unmaps."""
+HEAVY = 200_000_000
+"""Bytes of a rank's parameters, gradients and momentum from which that is worth its price, pages that come and go with
+each tensor: a step of R50x1 (0.15 GB on two ranks; 4 images of 96 pixels) takes 1.02 s of a core in place of 0.64 under
+fsdp2, 0.91 in place of 0.72 under zero3."""
 KEPT = 64 * 2**20
 """Bytes at the heap's end that are kept for the many small tensors of the next block."""
 
