@@ -134,7 +134,9 @@ def run(strategy: Strategy, case: dict[str, Any], folder: Path) -> dict[str, Any
         if case.get("saves") and step == 0:
             saver.save(folder, 1, {}, keep=1)  # its copy stays
             saver.wait()
-    return {"born": born, "peaks": peaks, "sent": dict(sent.sent)}
+    if strategy.deepspeed:
+        engine.model.destroy()  # type: ignore[operator]  # its hooks would keep it for ever, beside the next case's
+    return {"base": base, "born": born, "peaks": peaks, "sent": dict(sent.sent)}
 
 
 def _batch(case: dict[str, Any]) -> Batch:
