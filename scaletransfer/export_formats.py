@@ -13,7 +13,8 @@ import torch
 
 from scaletransfer.export_onnx import write_onnx
 from scaletransfer.model_folder import FORMAT, WEIGHTS, as_float32, new_folder, write_card, write_weights, writing
-from scaletransfer.models.bit import TIMM_WS_EPS, parse_name
+from scaletransfer.models.bit import parse_name
+from scaletransfer.models.convolution import TIMM_WS_EPS
 from scaletransfer.models.files import Entry, open_weights
 from scaletransfer.models.weights import card_beside, from_timm, is_timm_bit, locate, stem_of, to_timm
 

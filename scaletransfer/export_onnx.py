@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletransfer.models import create_model
-from scaletransfer.models.bit import StdConv2d, standardize
+from scaletransfer.models.convolution import StdConv2d, standardize
 from scaletransfer.models.files import Entry
 from scaletransfer.models.weights import load_into, network_options
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from scaletransfer.models.convolution import without_products
 from scaletransfer.units import local
 
 CONVOLUTION_COPIES = 1
@@ -101,7 +102,8 @@ def record(
     gc.disable()  # or cycles would end at another place of each run
     try:
         # Rules of CUDA in backward too, where checkpointed blocks run again under autocast.
-        with ledger, _cuda_autocast() if device_type == "cuda" else nullcontext():
+        # A convolution of every size, as what is traced is to hold for other micro-batches.
+        with without_products(), ledger, _cuda_autocast() if device_type == "cuda" else nullcontext():
             raw = torch.empty(micro_batch, channels, size, size, dtype=torch.uint8)
             images = raw.float()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from scaletransfer.ledger import fake_network, record, size_of
+from scaletransfer.models.convolution import StdConv2d
 
 Precision = Literal["fp32", "bf16"]
 
@@ -52,6 +53,10 @@ class Estimate:
     """(fixed bytes, bytes an image) beside the state, at each moment that is the fullest for some micro-batch."""
     copy_bytes: int = 0
     """Of the copy from which checkpoints are written, where that is the same memory (on a CPU)."""
+    once_bytes: int = 0
+    """Of the weights that are standardised once a step, where micro-batches are accumulated."""
+    global_batch: int = 0
+    """Smaller micro-batches are accumulated."""
 
     def live(self, micro_batch: int) -> int:
         """Bytes of activations, their gradients and workspace at the fullest moment of a step."""
@@ -63,7 +68,8 @@ class Estimate:
 
     def total(self, micro_batch: int) -> int:
         """Bytes on the device while it trains with this micro-batch."""
-        return self.state_bytes + self.copy_bytes + math.ceil(self.live(micro_batch) * FRAGMENTATION)
+        once = self.once_bytes if micro_batch < self.global_batch else 0
+        return self.state_bytes + self.copy_bytes + once + math.ceil(self.live(micro_batch) * FRAGMENTATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +163,7 @@ def choose(
         ways = [False, True] if able and activation_checkpointing is None else [bool(activation_checkpointing)]
         for way in ways:
             weighed = _estimate(network, channels, size, resolved, way, momentum, device.type, copied)
+            weighed = replace(weighed, global_batch=global_batch)
             estimates.append(weighed)
             fits = [m for m in candidates if weighed.total(m) <= budget]
             fitting += [(m, weighed) for m in fits[-1:]]
@@ -263,6 +270,7 @@ def _estimate(
         fixed_bytes=sums[mark][0],
         activation_bytes_per_image=sums[mark][1],
         moments=fullest(sums),
+        once_bytes=sum(4 * m.weight.numel() for m in network.modules() if isinstance(m, StdConv2d)),
         copy_bytes=math.ceil(copied * trained * (2 if momentum else 1)) if device_type == "cpu" else 0,
     )
 

@@ -55,6 +55,8 @@ class Job:
     """Copies of a gradient that the optimizer makes in a tensor's update: weight decay and Nesterov add one each."""
     buffers: int = 0
     """Bytes of the network's buffers."""
+    standardised: int = 0
+    """Numbers in the weights that are standardised."""
     zero: ZeroRules = field(default_factory=ZeroRules)
     asynchronous: bool = False
     """Checkpoints are written from a copy while training goes on."""
@@ -77,6 +79,12 @@ class Job:
     def compute(self) -> int:
         """Bytes of a number that is computed with."""
         return 2 if self.precision == "bf16" else FLOAT
+
+    @property
+    def once(self) -> int:
+        """Bytes of the weights that are standardised once for all micro-batches, where they are whole; their gradients
+        take as many."""
+        return FLOAT * self.standardised if self.accumulation > 1 else 0
 
     def held(self, engine: str) -> Held:
         """What an engine holds on the rank that holds most."""
@@ -121,6 +129,8 @@ class Memory:
     """With float32 masters and the network's buffers."""
     gradients: int
     momentum: int
+    standardised: int = 0
+    """Weights that are standardised once for all micro-batches of a step."""
     activations: int = 0
     """With what convolutions copy and an allocator loses."""
     gathered: int = 0
@@ -140,6 +150,7 @@ class Memory:
             self.parameters
             + self.gradients
             + self.momentum
+            + self.standardised
             + math.ceil((self.activations + self.gathered) * FRAGMENTATION)
             + self.buckets
             + self.update
@@ -192,7 +203,7 @@ class Estimator:
         make gradients of their own beside the buckets.
         """
         job, h = self.job, self.job.held(engine)
-        base = {"parameters": h.parameters + job.buffers, "momentum": h.momentum}
+        base = {"parameters": h.parameters + job.buffers, "momentum": h.momentum, "standardised": job.once}
         if engine == "ddp" or job.accumulation > 1:
             activations, gradients = self._live(micro_batch, "there"), h.gradients
         else:
@@ -243,6 +254,7 @@ class Estimator:
         """ZeRO-1 and 2 copy gradients into a bucket, all-reduce a flat copy of it, and keep what lies in their part."""
         job, h, rules = self.job, self.job.held(engine), self.job.zero
         base = {"parameters": h.parameters + h.masters + job.buffers, "momentum": h.momentum}
+        base |= {"standardised": job.once}
         bf16 = job.precision == "bf16"
         filled = min(job.parameters, rules.reduce_bucket_size)
         staged = 2 if bf16 and engine == "zero2" else FLOAT
@@ -259,7 +271,7 @@ class Estimator:
             accumulated = (kept if not bf16 else h.gradients) if engine == "zero2" else 0
         if engine == "zero1":
             live = self._live(micro_batch, "there" if job.accumulation > 1 else "new", native=True)
-            lasting = h.gradients if bf16 else whole if job.accumulation > 1 else min(whole, live)
+            lasting = h.gradients + job.once if bf16 else whole if job.accumulation > 1 else min(whole, live)
             activations = live if bf16 or job.accumulation > 1 else live - lasting
             backward = Memory(
                 moment="backward",
@@ -274,7 +286,7 @@ class Estimator:
             live = self._live(micro_batch, "new" if gradual else "taken", native=True)
             backward = Memory(
                 moment="backward",
-                gradients=accumulated,
+                gradients=accumulated + job.once,
                 activations=live,
                 buckets=0 if gradual else bucket + (0 if once else copies),
                 **base,

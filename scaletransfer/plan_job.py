@@ -16,6 +16,7 @@ from scaletransfer.engine.data import open_data
 from scaletransfer.engine.strategy import Strategy
 from scaletransfer.fake_ranks import blocks
 from scaletransfer.ledger import size_of
+from scaletransfer.models.convolution import StdConv2d
 from scaletransfer.plan_bytes import Job
 from scaletransfer.plan_trace import Images
 from scaletransfer.plan_zero import ZeroRules
@@ -100,6 +101,7 @@ def make_job(
         # ours steps in one pass over memory
         temporaries=0 if cfg.optimizer.name == "sgd_agc" else (cfg.optimizer.weight_decay > 0) + cfg.optimizer.nesterov,
         buffers=sum(size_of(b) for b in skeleton.buffers()),
+        standardised=sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, StdConv2d)),
         zero=zero_rules(world, precision, cfg.micro_batch, steps, cpu=device_type == "cpu"),
         asynchronous=cfg.checkpoint.asynchronous,
     )

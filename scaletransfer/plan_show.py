@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from scaletransfer.plan import Plan, Row
 
 WIDTH = 118
-COLUMNS = ("parameters", "gradients", "momentum", "activations", "gathered", "buckets", "update", "copy")
+COLUMNS = (
+    "parameters",
+    "gradients",
+    "momentum",
+    "standardised",
+    "activations",
+    "gathered",
+    "buckets",
+    "update",
+    "copy",
+)
 
 
 def show(plan: Plan) -> str:
@@ -119,10 +129,11 @@ def _instead(row: Row, device: Device) -> str:
 def _meaning(plan: Plan) -> list[str]:
     device = plan.device
     found = [
-        "parameters: with float32 masters where the engine keeps them beside others. activations: with what "
-        "convolutions copy. gathered: parameters and gradients that are whole for a while. buckets: of communication. "
-        "update: the optimizer's copies. All at the moment of a step that is the fullest; total has 5 % on activations "
-        "for what an allocator cannot use. single runs on one GPU, whatever their number.",
+        "parameters: with float32 masters where the engine keeps them beside others. standardised: weights that are "
+        "standardised once for all micro-batches of a step. activations: with what convolutions copy. gathered: "
+        "parameters and gradients that are whole for a while. buckets: of communication. update: the optimizer's "
+        "copies. All at the moment of a step that is the fullest; total has 5 % on activations for what an allocator "
+        "cannot use. single runs on one GPU, whatever their number.",
         "copy, or on the host, for each GPU: what checkpoints are copied to before they are written (none with "
         "checkpoint.asynchronous=false); under zero3_offload also what is offloaded.",
         "sent: bytes that one GPU sends in a step, by ring algorithms.",

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaletransfer.fake_ranks import fake_mesh, fake_ranks, shard
 from scaletransfer.ledger import fake_network, record
 from scaletransfer.memory import fullest, moments
+from scaletransfer.models.convolution import without_products
 
 Create = Callable[[], nn.Module]
 Gradients = Literal["there", "new", "taken"]
@@ -130,7 +131,7 @@ def flops_per_image(create: Create, images: Images) -> int:
     Counted by torch's FlopCounterMode over the network as it runs, recomputation included: convolutions and matrix
     products; norms and additions, some per cent of the time, are not.
     """
-    with fake_network(create) as network:
+    with fake_network(create) as network, without_products():
         counts = []
         for micro_batch in (LOW, HIGH):
             with FlopCounterMode(display=False) as counter:

@@ -14,7 +14,7 @@ from typing import Any
 
 from scaletransfer.model_facts import Facts, of_card, of_google, of_published, of_timm
 from scaletransfer.model_folder import FORMAT
-from scaletransfer.models.bit import TIMM_WS_EPS
+from scaletransfer.models.convolution import TIMM_WS_EPS
 from scaletransfer.models.files import Entry, open_weights
 from scaletransfer.models.weights import card_beside, from_google, from_timm, is_timm_bit, stem_of
 from scaletransfer.transfer.network import check_card

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.rounding import LIMIT, ROUNDING, amplification, standardised, worst
 from scaletransfer.models import create_model, init_weights
-from scaletransfer.models.bit import StdConv2d, standardize
+from scaletransfer.models.convolution import StdConv2d, standardize
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scaletransfer.models import create_model, init_weights
-from scaletransfer.models.bit import StdConv2d
+from scaletransfer.models.convolution import StdConv2d
 from scaletransfer.models.folding import folded
 
 
@@ -34,14 +34,14 @@ def test_the_same_logits(name):
 
 
 def test_the_weights_are_standardised_once(monkeypatch):
-    from scaletransfer.models import bit, folding
+    from scaletransfer.models import convolution, folding
 
     network = create_model("BiT-tiny", 3).eval()
     layers = sum(isinstance(module, StdConv2d) for module in network.modules())
     calls = []
-    right = bit.standardize
+    right = convolution.standardize
     monkeypatch.setattr(folding, "standardize", lambda *a: calls.append(1) or right(*a))
-    monkeypatch.setattr(bit, "_standardized", lambda *a, f=bit._standardized: calls.append(2) or f(*a))
+    monkeypatch.setattr(convolution, "_standardized", lambda *a, f=convolution._standardized: calls.append(2) or f(*a))
     with torch.no_grad(), folded(network):
         for _ in range(3):
             network(torch.randn(1, 1, 32, 32))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaletransfer import plan
 from scaletransfer.config import PretrainConfig, load_config
 from scaletransfer.models import BiT, create_model
-from scaletransfer.models.bit import StdConv2d
+from scaletransfer.models.convolution import StdConv2d
 from scaletransfer.plan_bytes import Estimator, Memory
 from scaletransfer.plan_devices import DEVICES, Device, find_device
 from scaletransfer.plan_job import make_job

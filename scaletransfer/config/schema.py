@@ -24,7 +24,8 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time. R152x4 needs it."""
     compile: bool = False
-    """Run the network through torch.compile."""
+    """Run the network through torch.compile in training, BiT unit by unit. Code is made in the first step, which takes
+    minutes on a CPU; where that fails, training goes on without it."""
     init_from: str | None = None
     """A checkpoint to start from: an exported folder, a published .pth.tar, .npz or .safetensors. null: drawn
     from the seed and the tensors' names."""

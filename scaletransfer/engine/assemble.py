@@ -30,7 +30,7 @@ from scaletransfer.engine.strategy import Strategy
 from scaletransfer.engine.trainer import Trainer
 from scaletransfer.loader import ShardDataset
 from scaletransfer.losses import make_loss
-from scaletransfer.models import PreActBottleneck, create_model, head_names, initial_tensors
+from scaletransfer.models import create_model, head_names, initial_tensors
 from scaletransfer.models.weights import first_difference, load_pretrained, network_options
 from scaletransfer.optim import SGD_AGC, split_head
 from scaletransfer.order import ORDER_VERSION
@@ -50,9 +50,11 @@ def make_network(cfg: ModelConfig, classes: int, **options: Any) -> nn.Module:
             raise ValueError(f"model.activation_checkpointing is true but {cfg.name} does not offer it")
         switch(True)
     if cfg.compile:
-        blocks: list[nn.Module] = [module for module in network.modules() if isinstance(module, PreActBottleneck)]
-        for block in blocks or [network]:
-            block.compile()
+        by_unit = getattr(network, "set_compiled", None)
+        if by_unit is None:
+            network.compile()
+        else:
+            by_unit(True)
     return network
 
 

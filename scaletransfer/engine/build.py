@@ -8,8 +8,8 @@ engine starts equal and a checkpoint loads under any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from scaletransfer.engine.heap import HEAVY, bound_heap
 from scaletransfer.engine.pieces import Piece
 from scaletransfer.engine.rehearsal import make_accelerator
 from scaletransfer.engine.strategy import Strategy
+from scaletransfer.models.convolution import OnceAStep
 from scaletransfer.optim import SGD_AGC
 
 
@@ -49,6 +50,8 @@ class Engine:
     pieces: list[Piece] = field(default_factory=list)
     average: WeightAverage | None = None
     """A running mean of the weights, where one is kept."""
+    once: OnceAStep | None = None
+    """What standardises weights once a step, where it has been asked to."""
     shards: dist.ProcessGroup | None = None
     """The ranks over which one copy of the model is cut; None where every rank holds it whole."""
 
@@ -107,6 +110,21 @@ class Engine:
         if self.strategy.engine == "ddp" and not last:
             return self.model.no_sync()  # type: ignore[operator, no-any-return]
         return nullcontext()
+
+    @contextmanager
+    def standardised_once(self, micro_batches: int) -> Iterator[OnceAStep | None]:
+        """Around the micro-batches of a step: what standardises weights once for all of them; None where it does not.
+
+        Engines that gather weights block by block have no place for more than one block.
+        """
+        gathered = self.strategy.fsdp or self.strategy.zero_stage == 3
+        if micro_batches == 1 or gathered:
+            yield None
+            return
+        if self.once is None:
+            self.once = OnceAStep(self.module)
+        with self.once.step():
+            yield self.once
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         if dist.is_initialized() and self.world > 1:

@@ -75,16 +75,19 @@ def train_step(
     total = torch.zeros((), dtype=engine.master_dtype, device=engine.device)
     if not engine.strategy.deepspeed:
         engine.optimizer.zero_grad(set_to_none=True)
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
-        images = normalize(batch["image"].to(engine.device, non_blocking=True))
-        target = batch["target"].to(engine.device, non_blocking=True)
-        with engine.no_sync(last):
-            value = loss(engine.forward(images), target)[0] / count
-            total += value.detach()
-            _backward(engine, value * undo)
-        if engine.strategy.deepspeed and not last:
-            engine.model.step()  # type: ignore[operator]  # counts the micro-batch; updates at the last one only
+    with engine.standardised_once(len(batches)) as once:
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            if last and once is not None:
+                once.last()
+            images = normalize(batch["image"].to(engine.device, non_blocking=True))
+            target = batch["target"].to(engine.device, non_blocking=True)
+            with engine.no_sync(last):
+                value = loss(engine.forward(images), target)[0] / count
+                total += value.detach()
+                _backward(engine, value * undo)
+            if engine.strategy.deepspeed and not last:
+                engine.model.step()  # type: ignore[operator]  # counts the micro-batch; updates at the last one only
     if before_step is not None:
         before_step()
     if skip and not _finite(engine, total):

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scaletransfer.models.compilation import compiled_call
+from scaletransfer.models.convolution import StdConv2d
+
 GROUPS = 32
-TIMM_WS_EPS = 1e-8
-"""What timm's networks add to the variance when they standardise a weight; ours, as published and Google's, 1e-10."""
 PUBLISHED = tuple(
     f"BiT-{kind}-R{size}" for kind in "SM" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")
 )
@@ -49,95 +50,6 @@ def parse_name(name: str) -> Architecture | None:
         return None
     depth, width = int(match[1]), int(match[2])
     return Architecture(name=name, units=_UNITS[depth], base=64 * width, published=name in PUBLISHED)
-
-
-def standardize(weight: Tensor, eps: float) -> Tensor:
-    """Subtract each filter's mean and divide by its deviation, sqrt(biased variance + eps).
-
-    weight: [rows, ...], any floating dtype, also 0 rows; statistics run over all but the first dimension. As
-    a row needs nothing but itself, a shard of whole rows gives the same rows as the whole tensor. The result
-    is float32, or float64 for float64 input: a bf16 weight loses nothing more here. Layer norm is this
-    arithmetic as one operation.
-    """
-    return _standardized(weight, eps)[0].view_as(weight)
-
-
-def _standardized(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`standardize`'s result as rows [rows, n]; the weight as such rows; their means and inverse deviations."""
-    if weight.dtype != torch.float64:
-        weight = weight.float()
-    rows = weight.flatten(1)
-    result, mean, inverse = torch.native_layer_norm(rows, list(rows.shape[1:]), None, None, eps)
-    if eps == TIMM_WS_EPS and len(rows):
-        # as timm's StdConv2d computes it, so that its weights give its logits to the last bit
-        result = F.batch_norm(rows[None], None, None, training=True, momentum=0.0, eps=eps)[0]
-    return result, rows, mean, inverse
-
-
-class _StandardizedConvolution(torch.autograd.Function):
-    """A convolution of which backward standardises the weight again.
-
-    Left to autograd, every layer would keep its standardised weight from forward to backward: the whole model once
-    more, also where an engine has spread the parameters over ranks. Here the parameter alone is kept, which sharding
-    engines free and gather again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, stride: int, padding: int) -> Tensor:
-        """[b, c_in, h, w] and the raw weight -> [b, c_out, h', w'], in the dtype of x."""
-        ctx.save_for_backward(x, weight)
-        ctx.how = eps, [stride] * 2, [padding] * 2
-        standard = _standardized(weight, eps)[0].view_as(weight).to(x.dtype)
-        return F.conv2d(x, standard, None, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the raw weight."""
-        x, weight = ctx.saved_tensors
-        eps, stride, padding = ctx.how
-        result, rows, mean, inverse = _standardized(weight, eps)
-        standard = result.view_as(weight).to(x.dtype)
-        del result
-        wanted = [*ctx.needs_input_grad[:2], False]
-        grad_x, grad_standard, _ = torch.ops.aten.convolution_backward(
-            grad, x, standard, None, stride, padding, [1, 1], False, [0, 0], 1, wanted
-        )
-        del standard
-        if grad_standard is None:
-            return grad_x, None, None, None, None
-        grad_rows, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_standard.to(rows.dtype).reshape(rows.shape),
-            rows,
-            list(rows.shape[1:]),
-            mean,
-            inverse,
-            None,
-            None,
-            [True, False, False],
-        )
-        return grad_x, grad_rows.view_as(weight).to(weight.dtype), None, None, None
-
-
-class StdConv2d(nn.Conv2d):
-    """A convolution whose weight is standardised at every call. Use `ws_eps` 1e-8 to agree with timm."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, ws_eps: float) -> None:
-        # Padding is symmetric, as in PyTorch's own convolutions: 3 for the root's 7x7, 1 for 3x3.
-        super().__init__(c_in, c_out, kernel, stride=stride, padding=kernel // 2, bias=False)
-        self.ws_eps = ws_eps
-        self.standard: Tensor | None = None
-        """The standardised weight, while `folding.folded` holds it for evaluation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, c_in, h, w] -> [b, c_out, h', w'], in the dtype of x (or of autocast)."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-        if self.standard is not None:
-            return F.conv2d(x, self.standard.to(x.dtype), None, self.stride, self.padding)
-        weight, stride, padding = self.weight, self.stride[0], self.padding[0]
-        made: Tensor = _StandardizedConvolution.apply(x, weight, self.ws_eps, stride, padding)
-        return made
 
 
 class GroupNorm(nn.GroupNorm):
@@ -177,23 +89,31 @@ class PreActBottleneck(nn.Module):
         if stride != 1 or c_in != c_out:
             self.downsample = StdConv2d(c_in, c_out, 1, stride=stride, ws_eps=ws_eps)
         self.checkpointing = False
+        self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, c_in, h, w] -> [b, c_out, ceil(h / stride), ceil(w / stride)]."""
         if self.checkpointing and torch.is_grad_enabled():
             # Nothing here draws random numbers, so their state need not be saved.
-            out: Tensor = checkpoint(self._unit, x, use_reentrant=False, preserve_rng_state=False)
+            out: Tensor = checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)
             return out
-        return self._unit(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if not self.compiled or not torch.is_grad_enabled():  # to compile for evaluation takes longer than it saves
+            return self._unit(x)
+        out: Tensor = compiled_call(type(self)._unit, self, x)
+        return out
 
     def _unit(self, x: Tensor) -> Tensor:
-        out = F.relu(self.gn1(x))
+        """The arithmetic. What nobody needs again is overwritten, as new memory costs more than the operation."""
+        out = F.relu(self.gn1(x), inplace=True)
         # The shortcut starts behind the first norm and ReLU where it changes shape, else at the input.
         shortcut = x if self.downsample is None else self.downsample(out)
         out = self.conv1(out)
-        out = self.conv2(F.relu(self.gn2(out)))
-        out = self.conv3(F.relu(self.gn3(out)))
-        return out + shortcut
+        out = self.conv2(F.relu(self.gn2(out), inplace=True))
+        out = self.conv3(F.relu(self.gn3(out), inplace=True))
+        return out.add_(shortcut)
 
 
 class Classifier(nn.Conv2d):
@@ -248,16 +168,14 @@ class BiT(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [b, num_classes] of images [b, in_channels, h, w]; grey images [b, 1, h, w] are repeated.
+        """Logits [b, num_classes] of images [b, in_channels, h, w]; grey images [b, 1, h, w] stand for equal channels.
 
         Raises ValueError when the images have another number of channels.
         """
-        if x.shape[1] != self.in_channels:
-            if x.shape[1] != 1:
-                raise ValueError(
-                    f"{self.architecture.name} takes images of {self.in_channels} channels (or 1), not {x.shape[1]}."
-                )
-            x = x.expand(-1, self.in_channels, -1, -1)
+        if x.shape[1] not in (1, self.in_channels):
+            raise ValueError(
+                f"{self.architecture.name} takes images of {self.in_channels} channels (or 1), not {x.shape[1]}."
+            )
         x = self.head(self.body(self.root(x)))
         # clone: FSDP2 hangs its backward hook on the output and does not like a view there.
         return x.flatten(1).clone()
@@ -266,6 +184,12 @@ class BiT(nn.Module):
         """What is a layer, as timm's functions ask for it: the root, the residual units (coarse: blocks), the head."""
         units = r"^body\.block(\d+)" if coarse else [(r"^body\.block(\d+)\.unit(\d+)", None), (r"^head\.gn", (99999,))]
         return {"stem": r"^root", "blocks": units}
+
+    def set_compiled(self, enable: bool = True) -> None:
+        """Run each residual unit through torch.compile in training, or stop doing so. Equal units are compiled once."""
+        for module in self.modules():
+            if isinstance(module, PreActBottleneck):
+                module.compiled = enable
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each residual unit in backward (less memory, a third more time), or stop doing so."""

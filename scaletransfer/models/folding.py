@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from scaletransfer.models.bit import StdConv2d, standardize
+from scaletransfer.models.convolution import StdConv2d, standardize
 
 
 @contextmanager

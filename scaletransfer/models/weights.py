@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scaletransfer.models import create_model, head_names
-from scaletransfer.models.bit import TIMM_WS_EPS, parse_name
+from scaletransfer.models.bit import parse_name
+from scaletransfer.models.convolution import TIMM_WS_EPS
 from scaletransfer.models.files import Entry, open_weights
 
 StateDict = dict[str, Tensor]
