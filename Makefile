@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow soak lint format clean
+.PHONY: help install demo test slow soak bench lint format clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -43,6 +43,9 @@ slow: install ## the long multi-process matrix
 
 soak: install ## the longest tests
 	$(BIN)/python -m pytest -m "soak" --timeout=7200
+
+bench: install ## measure, and write docs/BENCHMARKS.md
+	$(BIN)/python tools/bench/all.py
 
 lint: install ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 MARK = "SCALETRANSFER_BENCH_LAUNCH"
+
+
+def launch(engine: str, ranks: int, script: Sequence[str], *, threads: int, limit: float) -> None:
+    """Run a script on so many ranks of an engine, by its launch file, each with so many threads.
+
+    Raises:
+        ValueError: it failed, with the end of what it printed; or it took more than `limit` seconds.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", str(ranks), *script]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile() as output:
+        with started(command, env=environment, stdout=output, stderr=output) as process:
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired as error:
+                raise ValueError(f"{engine} on {ranks} ranks took longer than {limit:g} s") from error
+        if status:
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            raise ValueError(f"{engine} on {ranks} ranks failed: {text[-3000:]}")
 
 
 @contextmanager

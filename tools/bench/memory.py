@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
 
-from bench.launched import started  # noqa: E402
+from bench.launched import launch as run_ranks  # noqa: E402
 from bench.page import check, joined, put  # noqa: E402
 from scaletransfer.cli import CommandParser, run_command  # noqa: E402 (the checkout's own, installed or not)
 from scaletransfer.engine.strategy import ENGINES  # noqa: E402
@@ -49,18 +47,8 @@ def launch(engine: str, ranks: int, spec: dict[str, Any], limit: float) -> list[
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
         case = Path(name) / "spec.json"
         case.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", str(ranks)]
-        command += [str(Path(__file__).with_name("memory_worker.py")), str(case)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"])}
-        log = Path(name) / "output.txt"
-        with log.open("wb") as output, started(command, env=environment, stdout=output, stderr=output) as process:
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired as error:
-                raise ValueError(f"{engine} on {ranks} ranks took longer than --limit {limit:g} s") from error
-        if status:
-            raise ValueError(f"{engine} on {ranks} ranks failed: {log.read_text(errors='replace')[-3000:]}")
+        script = [str(Path(__file__).with_name("memory_worker.py")), str(case)]
+        run_ranks(engine, ranks, script, threads=spec["threads"], limit=limit)
         return [json.loads((Path(name) / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
