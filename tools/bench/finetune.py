@@ -3,11 +3,12 @@
     python tools/bench/finetune.py                    R50x1 at 128 pixels, batch 16, 9 rounds: some four minutes
     python tools/bench/finetune.py --batch 8 --rounds 5 --steps 1
 
-Both train the same network (timm's resnetv2_50x1_bit is our BiT-S-R50x1) by SGD with momentum on the same images from
-the same folder, read, resized to 160, cropped to 128 and flipped in the training process. Ours is the loop of
-`scaletransfer finetune` with its logging. They take turns in this process, round after round; printed are medians and
-the ratio ours / timm. Evaluation: the forward of a network in training mode, in evaluation mode, and with its weights
-standardised once, on one batch, in turns as well; their logits are compared.
+Both train the same network from the same weights (timm's resnetv2_50x1_bit is our BiT-S-R50x1) by SGD with momentum on
+the same images from the same folder, read, resized to 160, cropped to 128 and flipped in the training process. Ours is
+the loop of `scaletransfer finetune` with its logging, from the file that timm's network was saved in. They take turns
+in this process, round after round; printed are medians and the ratio ours / timm. Evaluation: the forward of a network
+in training mode, in evaluation mode, and with its weights standardised once, on one batch, in turns as well; their
+logits are compared.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -53,10 +55,11 @@ def draw(folder: Path, images: int) -> None:
         Image.fromarray(small).resize((200, 200), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def ours(folder: Path, scratch: Path, batch: int, optimizer: str) -> Iterator[None]:
+def ours(folder: Path, weights: Path, scratch: Path, batch: int, optimizer: str) -> Iterator[None]:
     """Each `next` is an update of the loop of `scaletransfer finetune`."""
-    words = [f"data.images={folder}", "model.name=BiT-S-R50x1", "model.from_scratch=true", f"global_batch={batch}"]
-    words += [f"micro_batch={batch}", "model.activation_checkpointing=false", "data.resolution=[160,128]"]
+    words = [f"data.images={folder}", "model.name=BiT-S-R50x1", f"model.path={weights}", f"global_batch={batch}"]
+    words += ["model.head=new", "data.mean=0.5", "data.std=0.5", "data.resolution=[160,128]"]
+    words += [f"micro_batch={batch}", "model.activation_checkpointing=false"]
     words += ["data.workers=0", f"optimizer.name={optimizer}", "optimizer.lr=0.001", "precision=fp32", "steps=100000"]
     plan = make_plan(load_config([], words, FinetuneConfig))
     trainer = run.build(plan, asked(env={}, cuda=False), scratch)
@@ -69,12 +72,12 @@ def ours(folder: Path, scratch: Path, batch: int, optimizer: str) -> Iterator[No
         yield
 
 
-def plain(folder: Path, batch: int) -> Iterator[None]:
+def plain(folder: Path, network: nn.Module, batch: int) -> Iterator[None]:
     """Each `next` is an update of a loop as a tutorial has it."""
     steps = [v2.RGB(), v2.Resize((160, 160)), v2.RandomCrop(128), v2.RandomHorizontalFlip(), v2.ToImage()]
     transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
     data = ImageFolder(str(folder / "train"), transform)
-    network = timm.create_model("resnetv2_50x1_bit", num_classes=2).train()
+    network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
     loss = nn.CrossEntropyLoss()
     for _ in itertools.count():
@@ -115,10 +118,13 @@ def show(title: str, found: dict[str, list[float]], base: str) -> None:
 
 def training(folder: Path, scratch: Path, batch: int, steps: int, rounds: int) -> None:
     """Print images a second of both loops."""
+    network = timm.create_model("resnetv2_50x1_bit", num_classes=2)
+    weights = scratch / "resnetv2_50x1_bit.safetensors"
+    save_file(network.state_dict(), weights)
     loops = {
-        "timm loop": plain(folder, batch),
-        "ours, SGD": ours(folder, scratch / "sgd", batch, "sgd"),
-        "ours, SGD_AGC": ours(folder, scratch / "agc", batch, "sgd_agc"),
+        "timm loop": plain(folder, network, batch),
+        "ours, SGD": ours(folder, weights, scratch / "sgd", batch, "sgd"),
+        "ours, SGD_AGC": ours(folder, weights, scratch / "agc", batch, "sgd_agc"),
     }
     lines: dict[str, Callable[[], object]] = {name: partial(advance, loop, steps) for name, loop in loops.items()}
     show("fine-tuning", take_turns(lines, batch * steps, rounds), "timm loop")
