@@ -218,7 +218,8 @@ class StdConv2d(nn.Conv2d):
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         stride, padding = self.stride[0], int(self.padding[0])
-        product = _as_product(x, self.weight, stride, padding)
+        # with timm's eps timm's logits are wanted to the last bit, and a product rounds otherwise
+        product = self.ws_eps != TIMM_WS_EPS and _as_product(x, self.weight, stride, padding)
         if self.standard is None:
             if product:
                 return self._multiplied(x, None)
