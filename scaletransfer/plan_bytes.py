@@ -82,8 +82,7 @@ class Job:
 
     @property
     def once(self) -> int:
-        """Bytes of the weights that are standardised once for all micro-batches, where they are whole; their gradients
-        take as many."""
+        """Bytes of the weights that single and ddp standardise once for all micro-batches."""
         return FLOAT * self.standardised if self.accumulation > 1 else 0
 
     def held(self, engine: str) -> Held:
@@ -254,7 +253,6 @@ class Estimator:
         """ZeRO-1 and 2 copy gradients into a bucket, all-reduce a flat copy of it, and keep what lies in their part."""
         job, h, rules = self.job, self.job.held(engine), self.job.zero
         base = {"parameters": h.parameters + h.masters + job.buffers, "momentum": h.momentum}
-        base |= {"standardised": job.once}
         bf16 = job.precision == "bf16"
         filled = min(job.parameters, rules.reduce_bucket_size)
         staged = 2 if bf16 and engine == "zero2" else FLOAT
@@ -271,7 +269,7 @@ class Estimator:
             accumulated = (kept if not bf16 else h.gradients) if engine == "zero2" else 0
         if engine == "zero1":
             live = self._live(micro_batch, "there" if job.accumulation > 1 else "new", native=True)
-            lasting = h.gradients + job.once if bf16 else whole if job.accumulation > 1 else min(whole, live)
+            lasting = h.gradients if bf16 else whole if job.accumulation > 1 else min(whole, live)
             activations = live if bf16 or job.accumulation > 1 else live - lasting
             backward = Memory(
                 moment="backward",
@@ -286,7 +284,7 @@ class Estimator:
             live = self._live(micro_batch, "new" if gradual else "taken", native=True)
             backward = Memory(
                 moment="backward",
-                gradients=accumulated + job.once,
+                gradients=accumulated,
                 activations=live,
                 buckets=0 if gradual else bucket + (0 if once else copies),
                 **base,

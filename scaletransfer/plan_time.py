@@ -73,11 +73,10 @@ def traffic(engine: str, job: Job, units: int = 0) -> Traffic:
         across = times * 2 * ring(copies) * FLOAT * padded / shards
         return Traffic(near=int(near + norms), across=int(across))
     if engine in ("zero1", "zero2"):
-        # DeepSpeed 0.19 all-reduces a bucket and keeps its part; ZeRO-1 once a step, ZeRO-2 in every micro-batch what
-        # has a gradient by then: weights that are standardised once a step get theirs in the last
-        again = (times - 1) * (whole - job.standardised) if engine == "zero2" else 0
+        # DeepSpeed 0.19 all-reduces a bucket and keeps its part; ZeRO-1 once a step, ZeRO-2 in every micro-batch
+        reductions = times if engine == "zero2" else 1
         gathered = job.compute * whole
-        return Traffic(near=int(2 * ring(n) * FLOAT * (whole + again) + ring(n) * gathered + norms))
+        return Traffic(near=int(reductions * 2 * ring(n) * FLOAT * whole + ring(n) * gathered + norms))
     threshold = job.zero.stage3_param_persistence_threshold
     padded = parameter_share(job.shapes, n) * n
     small = persistent(job.shapes, threshold)

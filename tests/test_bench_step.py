@@ -68,7 +68,7 @@ def test_the_document_says_what_the_files_do():
     seconds = {"floor": [0.1, 0.3, 0.2], "SGD_AGC": [0.25, 0.2, 0.15]}
     row = {"model": "M", "layout": "whole", "tensors": 3, "elements": 2_000_000, "seconds": seconds}
     kept = [{"what": "a / b", "wanted": "<= 1.3", "measured": 1.4, "kept": False}]
-    command = "python tools/bench/optimizer.py --models M --json docs/benchmarks/optimizer.json"
+    command = "python tools/bench/optimizer.py --models M"
     text = everything.document({"optimizer": {"command": command, "machine": machine, "rows": [row], "promises": kept}})
     assert "`python tools/bench/optimizer.py --models M`, 2026-01-01, P, 2 cores" in text
     assert "| M, whole: 3 tensors, 2.0 M | ms, median |" in text

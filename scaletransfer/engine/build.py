@@ -115,10 +115,10 @@ class Engine:
     def standardised_once(self, micro_batches: int) -> Iterator[OnceAStep | None]:
         """Around the micro-batches of a step: what standardises weights once for all of them; None where it does not.
 
-        Engines that gather weights block by block have no place for more than one block.
+        Engines that gather weights block by block have no place for more than one block. ZeRO-2 keeps a buffer of its
+        whole share from each micro-batch in which some gradients come and others do not.
         """
-        gathered = self.strategy.fsdp or self.strategy.zero_stage == 3
-        if micro_batches == 1 or gathered:
+        if micro_batches == 1 or not self.whole:
             yield None
             return
         if self.once is None:

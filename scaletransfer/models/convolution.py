@@ -268,8 +268,8 @@ class OnceAStep:
 
     In the micro-batches before the last, the standardised weights are leaves: gradients are added up on them, and
     nothing reaches the parameters. In the last one each layer's gradient, as soon as it is there, takes those sums with
-    it and goes on to the parameter: whatever waits for the parameter's gradient (DDP's buckets, DeepSpeed's hooks)
-    sees it once a step, complete. Only for networks whose parameters are whole and do not change inside a step.
+    it and goes on to the parameter: whatever waits for the parameter's gradient (DDP's buckets) sees it once a
+    step, complete. Only for networks whose parameters are whole and do not change inside a step.
 
     The copy of the weights is kept from step to step, in float32 (float64 of a float64 network).
     """

@@ -1,7 +1,7 @@
 """Runs the benchmarks that write JSON files, and writes docs/BENCHMARKS.md from these files alone.
 
     python tools/bench/all.py                       all: half an hour on two cores, 16 GB of memory (make bench)
-    python tools/bench/all.py --only step scaling   some; the figures of the others stay
+    python tools/bench/all.py --only scaling        some; the figures of the others stay
     python tools/bench/all.py --only                none: the document is written anew from docs/benchmarks/
 
 Every figure of the document is a number in docs/benchmarks/NAME.json, or the median, smallest or largest of several.
@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER, DOCUMENT = ROOT / "docs" / "benchmarks", ROOT / "docs" / "BENCHMARKS.md"
 _LARGE = "--models BiT-M-R152x4 --classes 21842 --layouts whole --rounds 3"
 COMMANDS = {
-    "step": "tools/bench/step.py",
+    "step-wide": "tools/bench/step.py --only wide accumulated",
+    "step-r50x1": "tools/bench/step.py --only r50x1",
+    "step-evaluation": "tools/bench/step.py --only evaluation",
     "optimizer": "tools/bench/optimizer.py --models BiT-S-R50x1",
     "optimizer-large": f"tools/bench/optimizer.py {_LARGE}",
     "optimizer-zero2": "tools/bench/optimizer.py --engine zero2 --models BiT-S-R101x3 --rounds 3",
@@ -36,7 +38,9 @@ COMMANDS = {
     "scaling": "tools/bench/scaling.py",
 }
 TITLES = {
-    "step": "Forward and backward",
+    "step-wide": "Forward and backward at the width of R152x4",
+    "step-r50x1": "Forward and backward of R50x1",
+    "step-evaluation": "Evaluation",
     "optimizer": "The optimizer, R50x1",
     "optimizer-large": "The optimizer, R152x4",
     "optimizer-zero2": "The optimizer under ZeRO-2",
@@ -75,7 +79,7 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
         parts.append(f"## {TITLES[name]}\n")
         parts.append(
-            f"`{_shown(content['command'])}`, {facts['date']}, {facts['processor']}, {facts['cores']} cores, load "
+            f"`{content['command']}`, {facts['date']}, {facts['processor']}, {facts['cores']} cores, load "
             f"{facts['load']} at the end, {versions}; `docs/benchmarks/{name}.json`\n"
         )
         parts += _tables(name, content)
@@ -83,15 +87,8 @@ def document(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _shown(command: str) -> str:
-    """Without where the file was written."""
-    words = command.split(" ")
-    place = words.index("--json") if "--json" in words else len(words)
-    return " ".join(words[:place] + words[place + 2 :])
-
-
 def _tables(name: str, content: Mapping[str, Any]) -> list[str]:
-    if name == "step":
+    if name.startswith("step"):
         return [measured.table(part, seconds, BASES[part]) + "\n" for part, seconds in content["seconds"].items()]
     if name == "scaling":
         return [_growth(content)]

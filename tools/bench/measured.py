@@ -70,11 +70,15 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path | None, command: str, argv: Sequence[str], content: Mapping[str, Any]) -> None:
-    """Put what was measured into a JSON file, with the command and the machine; nothing where `path` is None."""
+    """Put what was measured into a JSON file, with the command (but for the file's name) and the machine; nothing where
+    `path` is None."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"command": " ".join(["python", command, *argv]), "machine": machine(), **content}
+    words = list(argv)
+    place = words.index("--json") if "--json" in words else len(words)
+    whole = {"command": " ".join(["python", command, *words[:place], *words[place + 2 :]]), "machine": machine()}
+    whole |= content
     path.write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -43,7 +43,7 @@ from scaletransfer.optim import SGD_AGC
 from scaletransfer.units import Segment
 
 MOVED = 28
-OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
 CLIPPING, EPS = 0.01, 1e-3
 FLOOR, OURS, PUBLISHED, TIMM = "floor", "SGD_AGC", "published loop", "timm's clipping, fused SGD"
 WANTED = {("BiT-M-R152x4", PUBLISHED): 12.0, ("BiT-S-R152x4", PUBLISHED): 12.0, ("BiT-S-R50x1", PUBLISHED): 4.5}
@@ -77,7 +77,7 @@ class PublishedLoop:
             assert p.grad is not None
             change = p.grad.add(p, alpha=OPTIONS["weight_decay"])
             self._momentum[p].mul_(OPTIONS["momentum"]).add_(change)
-            p.add_(self._momentum[p], alpha=-OPTIONS["lr"])
+            p.add_(change.add(self._momentum[p], alpha=OPTIONS["momentum"]), alpha=-OPTIONS["lr"])
 
 
 class TimmSteps:

@@ -44,6 +44,7 @@ from scaletransfer.models.folding import folded
 
 CLASSES = 1000
 ACCUMULATED = 8
+FORWARDS = 32
 PARTS = ("r50x1", "wide", "accumulated", "evaluation")
 OURS, COMPILED, TIMM, TIMM_LAST = "ours", "ours, compiled", "timm", "timm, channels_last"
 PUBLISHED, NONE = "published standardisation", "no standardisation"
@@ -195,7 +196,7 @@ def part_accumulated(rounds: int) -> Result:
 
 
 def part_evaluation(rounds: int) -> Result:
-    """Forwards of R50x1 at 224 pixels, eight of one image each, as often as they are in a validation.
+    """Forwards of R50x1 at 224 pixels: a validation of `FORWARDS` batches of one image.
 
     Raises:
         ValueError: the logits differ.
@@ -205,12 +206,12 @@ def part_evaluation(rounds: int) -> Result:
     images = torch.randn(1, 3, 224, 224)
 
     def training() -> Tensor:
-        return [network.train()(images).detach() for _ in range(8)][-1]  # type: ignore[no-any-return]
+        return [network.train()(images).detach() for _ in range(FORWARDS)][-1]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def once() -> Tensor:
         with folded(network.eval()):
-            return [network(images) for _ in range(8)][-1]
+            return [network(images) for _ in range(FORWARDS)][-1]
 
     if not torch.equal(training(), once()):
         raise ValueError("the logits of weights that are standardised once differ from those of training mode")
