@@ -94,7 +94,7 @@ def test_an_empty_class_folder_and_one_class(tmp_path, pretrained):
     refused(tmp_path, "fox holds no image", "--images", str(root), "--model-path", str(pretrained))
     alone = make_image_folder(tmp_path / "alone", classes=("cat",))
     refused(tmp_path, "single class 'cat'", "--images", str(alone), "--model-path", str(pretrained))
-    refused(tmp_path, "is not a folder", "--images", str(tmp_path / "nowhere"), "--model-path", str(pretrained))
+    refused(tmp_path, "there is no folder", "--images", str(tmp_path / "nowhere"), "--model-path", str(pretrained))
 
 
 def test_without_a_validation_folder_images_are_held_out(tmp_path, pretrained, capsys):
