@@ -143,11 +143,13 @@ def test_a_deepspeed_configuration_file_is_refused(tmp_path: Path, monkeypatch: 
 
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "hsdp": "FSDP", **dict.fromkeys(ZERO, "DEEPSPEED")}
+REHEARSED = ("ddp", "fsdp2", "zero3")
+"""The others take the same ways through Accelerate, and their training is compared elsewhere."""
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", list(TYPES))
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=[] if e in REHEARSED else pytest.mark.slow) for e in TYPES])
 def test_the_rehearsal_makes_accelerate_run_the_engine_on_cpu(engine: str) -> None:
     """Fails when a release of accelerate changes the private state that `engine.rehearsal` sets."""
     world = WORLDS[engine]
