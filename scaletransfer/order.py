@@ -190,6 +190,8 @@ class Order:
         epochs, inside = np.divmod(where, self.samples_per_epoch)
         step, place = np.divmod(inside, self.global_batch)
         numbers = place * self.steps_per_epoch + step
+        if where.ndim == 1 and len(where) and (epochs == epochs[0]).all():  # nearly always, and once a batch
+            return self._epoch(int(epochs[0]))(numbers)
         for epoch in np.unique(epochs):
             mask = epochs == epoch
             source[mask], row[mask] = self._epoch(int(epoch))(numbers[mask])
@@ -224,6 +226,8 @@ class Order:
 
         def locate(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             flat = stream(numbers)
+            if len(starts) == 2:
+                return np.zeros_like(flat), flat
             source = np.searchsorted(starts, flat, side="right") - 1
             return source, flat - starts[source]
 

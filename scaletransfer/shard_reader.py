@@ -127,11 +127,11 @@ class ShardReader:
 
     def _memory(self, size: int) -> memoryview:
         """Memory of this thread: new pages for each image cost several times what copying it does."""
-        held: bytearray | None = getattr(self._local, "held", None)
+        held: memoryview | None = getattr(self._local, "held", None)
         # much too large is no good either: one huge image must not hold its memory for ever
         if held is None or len(held) < size or len(held) > max(1 << 22, 8 * size):
-            held = self._local.held = bytearray(size + size // 4)
-        return memoryview(held)[:size]
+            held = self._local.held = memoryview(bytearray(size + size // 4))
+        return held[:size]
 
     def _open(self, place: str) -> _File | None:
         """The file, in use once by the caller; None for a URL that is to be read by ranges."""
